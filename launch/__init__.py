@@ -1,0 +1,1 @@
+"""How a run starts: command line, recipes, cluster jobs. Importing it loads nothing heavy."""

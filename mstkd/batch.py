@@ -1,0 +1,60 @@
+"""What travels between loader, method and engine: shapes, dtypes and units, said once.
+
+Letters: B samples, M sequences (in the data set's order), K output channels, X Y Z voxels (RAS+).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One micro-batch of cropped, augmented, intensity-normalised volumes.
+
+    `image` holds every sequence that exists in the data, also those the draw hides from the student;
+    a sequence missing in the data is filled with `hidden_value`.
+    """
+
+    image: Tensor  # (B, M, X, Y, Z) float32
+    brain: Tensor  # (B, X, Y, Z) bool
+    present: Tensor  # (B, M) bool, True = the data has this sequence
+    available: Tensor  # (B, M) bool, True = the student may see it; a non-empty subset of `present`
+    subject: list[str]
+    label: Tensor | None = None  # (B, X, Y, Z) uint8 in the declared label scheme
+    hidden_value: float = 0.0  # what a hidden sequence is filled with, in normalised units
+
+    def visible(self) -> Tensor:
+        """(B, M, X, Y, Z): `image` with every sequence that is not available replaced by `hidden_value`."""
+        mask = self.available[:, :, None, None, None]
+        # where, not multiplication: NaN or inf in a hidden voxel must not reach the student
+        return torch.where(mask, self.image, torch.full_like(self.image, self.hidden_value))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Batch(**{**vars(self), **moved})
+
+
+@dataclass
+class StepOutput:
+    """What a role's forward returns.
+
+    `loss` is the scalar to descend; `scalars` are detached 0-d tensors, logged by name; `carry` hands
+    detached tensors to later roles of the same micro-batch and is never logged or saved.
+    """
+
+    loss: Tensor
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+    carry: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands at the start of a step; the same on every rank."""
+
+    step: int  # from 0
+    epoch: int  # whole passes over the training items begun so far, from 0
+    total_steps: int
+    total_epochs: float

@@ -1,0 +1,291 @@
+"""The recipe: typed sections, and how a file, dotted overrides and defaults become one resolved configuration.
+
+Everything but `method:` is checked here, without loading torch; `method:` is checked against the method's own
+model once its file is imported (`mstkd.methods.build`).
+"""
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mstkd.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class IntensityConfig(Section):
+    """Affine map and clip applied per sequence, from the statistics stored with each subject."""
+
+    kind: Literal["zscore", "minmax", "percentile", "reference_minmax"] = "zscore"
+    """zscore: over the brain, background 0. minmax: brain minimum and maximum to `interval`. percentile: the
+    `percentile` tails are clipped. reference_minmax: as minmax over the whole array, background included."""
+    percentile: Literal["0.1", "0.5"] = "0.5"
+    interval: tuple[float, float] = (0.0, 1.0)
+
+
+class OptimizerConfig(Section):
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)  # adam: L2 added to the gradient; adamw: decoupled
+    momentum: float = Field(0.0, ge=0, lt=1)  # sgd only
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a function of the step (or of the epoch's first step)."""
+
+    name: Literal["constant", "poly", "cosine"] = "constant"
+    per: Literal["step", "epoch"] = "step"
+    power: float = Field(0.9, gt=0)  # poly only
+    warmup_steps: int = Field(0, ge=0)  # linear from 0 (excluded) to lr
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)  # cosine only: final lr / lr
+
+
+class AugmentConfig(Section):
+    """Seeded by (seed, item). Geometry acts on image, brain and label alike; intensity acts on brain voxels."""
+
+    flip_prob: float = Field(0.5, ge=0, le=1)  # per spatial axis
+    rotate_deg: float = Field(0.0, ge=0, le=180)  # uniform in +-rotate_deg about each axis
+    zoom: float = Field(0.0, ge=0, lt=1)  # isotropic, uniform in 1 +- zoom
+    intensity_scale: float = Field(0.0, ge=0, lt=1)  # x (1 + U(-s, s)), per sequence
+    intensity_shift: float = Field(0.0, ge=0)  # + U(-s, s), normalised units, per sequence
+    noise_std: float = Field(0.0, ge=0)  # Gaussian, normalised units
+
+
+class ShardSetConfig(Section):
+    path: str
+    repeat: int = Field(1, ge=1)  # how often each of its items appears per epoch
+
+
+class DataConfig(Section):
+    shards: list[ShardSetConfig] = Field(min_length=1)
+    fold: int = Field(0, ge=0)
+    crop: tuple[int, int, int]  # (X, Y, Z) voxels
+    foreground_share: float = Field(0.0, ge=0, le=1)  # share of crops centred on a labelled voxel; the rest uniform
+    augment: AugmentConfig = AugmentConfig()
+    workers: int = Field(2, ge=0)  # loader processes per rank
+    shuffle_window: int = Field(4, ge=1)  # tars whose subjects are mixed
+    max_bad_samples: int = Field(10, ge=0)  # per run; each one skipped is replaced and counted
+    cache_dir: str | None = None  # node-local folder for staged tars
+    cache_gib: float = Field(100.0, gt=0)
+    allow_overlap: bool = False  # train and test sharing a subject is otherwise refused
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("shards"), str):
+            values = {**values, "shards": [{"path": values["shards"]}]}
+        return values
+
+
+class RoleConfig(Section):
+    """Overrides of what the method declares for one role."""
+
+    optimizer: OptimizerConfig | None = None
+    schedule: ScheduleConfig | None = None
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    gradient_clipping: float | None = Field(None, ge=0)
+
+
+class TrainConfig(Section):
+    global_batch: int = Field(ge=1)  # G = ranks x micro_batch x accumulation
+    micro_batch: int = Field(1, ge=1)
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # bf16, fp16: autocast over fp32 weights
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    gradient_clipping: float = Field(0.0, ge=0)  # global L2 norm; 0 = off
+    max_skipped: int = Field(5, ge=0)  # consecutive non-finite steps before the run stops
+    log_every: int = Field(10, ge=1)
+    roles: dict[str, RoleConfig] = {}
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train.steps and train.epochs")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}")
+        return self
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(500, ge=1)
+    every_min: float | None = Field(30.0, gt=0)  # also after this much time
+    keep: int = Field(2, ge=1)  # newest k, besides the best
+
+
+class InferenceConfig(Section):
+    """Whole-volume prediction by sliding window."""
+
+    window: tuple[int, int, int] | None = None  # default: the training crop
+    overlap: float = Field(0.5, ge=0, lt=1)
+    batch: int = Field(1, ge=1)  # windows per forward
+
+
+class ValidateConfig(Section):
+    every_steps: int = Field(1000, ge=1)
+    subsets: list[str] | None = None  # e.g. ["flair", "t1+t1ce"]; default: all 2^M - 1
+    max_cases: int | None = Field(None, ge=1)  # first n of the fold's validation subjects
+
+
+class EvaluateConfig(Section):
+    networks: list[str] | None = None  # default: all that the method scores
+    hd95: Literal["directed_max", "pooled"] = "directed_max"
+    empty: Literal["penalty", "reference"] = "penalty"  # one-empty HD95: the image diagonal, or 0 as in the reference code
+    lesion_wise: bool = False
+
+
+class TrackingConfig(Section):
+    uri: str | None = None  # default: sqlite in runs_dir
+    experiment: str = "mstkd"
+    identify: bool = False  # let subject keys, host and user into MLflow
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0)
+    runs_dir: str = "runs"
+    resume: Literal["auto", "required", "never"] = "auto"
+    init_from: str | None = None  # warm start: a run folder or a safetensors file
+    method: dict[str, Any]
+    stages: list[str] | None = None  # default: all of the method's
+    data: DataConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    inference: InferenceConfig = InferenceConfig()
+    validation: ValidateConfig = Field(ValidateConfig(), alias="validate")  # pydantic owns the name `validate`
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _method_named(self) -> "RunConfig":
+        if not isinstance(self.method.get("name"), str):
+            raise ValueError("method.name is missing: say which method to train, e.g. mst_kdnet")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+
+def recipe_folder() -> Path:
+    """Where the packaged recipes lie (package data of mstkd.launch)."""
+    return Path(importlib.util.find_spec("mstkd.launch").origin).parent / "recipes"
+
+
+def find_recipe(recipe: str) -> Path:
+    """The recipe file called `recipe` (packaged) or at the path `recipe`."""
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"recipe {recipe}: no such file")
+        return path
+    packaged = recipe_folder() / f"{recipe}.yaml"
+    if packaged.is_file():
+        return packaged
+    names = sorted(p.stem for p in recipe_folder().glob("*.yaml"))
+    raise UserError(f"recipe {recipe}: unknown{_nearest(recipe, names)}; packaged recipes: {', '.join(names)}; or give a path ending in .yaml")
+
+
+def load_config(recipe: str, overrides: list[str] = ()) -> RunConfig:
+    """Defaults <- recipe file <- dotted overrides ("train.steps=100"). Raises UserError."""
+    path = find_recipe(recipe)
+    values, lines = read_yaml(path)
+    origin = {key: f"{path.name}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        key, value = parse_override(override)
+        _assign(values, key, value, override)
+        origin = {k: v for k, v in origin.items() if k != key and not k.startswith(key + ".")}
+        origin[key] = f"override {override!r}"
+    return validate_section(RunConfig, values, "", path.name, origin)
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """("train.steps", 100) from "train.steps=100"; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r}: write it as key=value, e.g. train.steps=100")
+    try:
+        return key.strip(), yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
+
+
+def read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
+    """A YAML mapping and the line of every dotted key in it."""
+    text = path.read_text()
+    try:
+        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{path.name}:{mark.line + 1 if mark else '?'}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path.name}: expected a mapping of keys to values")
+    return values, dict(_key_lines(node, ""))
+
+
+def validate_section(model: type[BaseModel], values: dict, prefix: str, source: str, origin: dict[str, str] | None = None) -> Any:
+    """`model` from `values`; the first problem becomes one UserError naming key, place and nearest valid key."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in (*([prefix] if prefix else []), *problem["loc"]))
+        place = _place(key, source, origin or {})
+        if problem["type"] == "extra_forbidden":
+            valid = _valid_keys(model, problem["loc"][:-1])
+            raise UserError(f"{place}: unknown key {key}{_nearest(str(problem['loc'][-1]), valid)}") from None
+        message = problem["msg"].removeprefix("Value error, ")
+        given = f" (given: {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
+        raise UserError(f"{place}: {key + ': ' if key else ''}{message}{given}") from None
+
+
+def resolved(config: RunConfig) -> dict:
+    """The whole configuration as plain data, with the names that a recipe uses."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def _assign(values: dict, key: str, value: Any, override: str) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override {override!r}: {parent} holds a value, not keys")
+    values[last] = value
+
+
+def _key_lines(node: yaml.Node | None, prefix: str):
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            dotted = f"{prefix}{key.value}"
+            yield dotted, key.start_mark.line + 1
+            yield from _key_lines(value, dotted + ".")
+
+
+def _place(key: str, source: str, origin: dict[str, str]) -> str:
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):  # a missing key is reported at its parent
+        if ".".join(parts[:n]) in origin:
+            return origin[".".join(parts[:n])]
+    return source
+
+
+def _valid_keys(model: type[BaseModel], location: tuple) -> list[str]:
+    for part in location:
+        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
+        if field is None:
+            continue  # a list index or a dict key: the model stays
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return [f.alias or name for name, f in model.model_fields.items()]
+
+
+def _nearest(word: str, valid: list[str]) -> str:
+    match = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; valid here: {', '.join(valid)}"

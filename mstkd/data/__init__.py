@@ -1,0 +1,1 @@
+"""From shard set to batch: store, order, crop, intensity, loader."""

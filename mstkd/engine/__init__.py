@@ -1,0 +1,1 @@
+"""The training engine: loop, DeepSpeed backend, checkpoints, distributed start, stop signals."""

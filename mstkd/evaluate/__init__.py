@@ -1,0 +1,1 @@
+"""Evaluation protocol: subsets, metrics, report, figures."""

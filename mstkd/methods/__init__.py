@@ -1,0 +1,119 @@
+"""The method protocol: what the engine, the loader and the evaluation may ask of a method.
+
+A new method is one new file in this folder: a subclass of `Method`, bound to the name `METHOD`.
+The engine knows this file and no method; methods never ask for a rank.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from mstkd.batch import Batch, Progress, StepOutput
+from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, validate_section
+from mstkd.errors import UserError
+from mstkd.shards.spec import LabelScheme
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a method may know of the data when it builds its networks."""
+
+    sequences: tuple[str, ...]  # in channel order, e.g. ("flair", "t1", "t1ce", "t2")
+    label_scheme: LabelScheme | None
+    crop: tuple[int, int, int]  # training crop (X, Y, Z) in voxels
+
+
+class RoleStep(nn.Module):
+    """One role's trainable networks as submodules; `forward` computes the whole loss of one micro-batch.
+
+    The engine wraps it in one DeepSpeed engine. Networks of other roles must not be registered here
+    (keep them in a tuple); the engine freezes those a role borrows while the role runs.
+    """
+
+    def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
+        raise NotImplementedError
+
+
+@dataclass
+class Role:
+    """One optimiser and the networks it trains.
+
+    A role updates in the steps where `(step + 1) % every == 0`. `double_backward` roles run under ZeRO 0-2 only.
+    """
+
+    step: RoleStep
+    networks: tuple[str, ...]  # names in Method.networks that this role trains
+    borrows: tuple[str, ...] = ()  # networks of other roles, used as plain frozen modules
+    every: int = 1
+    double_backward: bool = False
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+class Method(ABC):
+    """A distillation method: its networks, its roles per stage, and how it predicts."""
+
+    Config: ClassVar[type[BaseModel]]  # the recipe's `method:` section without `name`
+    task: ClassVar[Literal["segmentation", "synthesis", "classification"]]
+    stages: ClassVar[tuple[str, ...]]  # in order
+    complete_only: ClassVar[bool] = True  # True: subjects that lack a sequence are dropped from training (counted)
+    scored: ClassVar[tuple[str, ...]] = ("student", "teacher")  # networks that evaluation reports; the first selects "best"
+
+    networks: dict[str, nn.Module]  # by name, built in __init__
+
+    @abstractmethod
+    def __init__(self, config: BaseModel, facts: DataFacts): ...
+
+    @property
+    @abstractmethod
+    def intensity(self) -> IntensityConfig:
+        """The normalisation that the loader and `predict` apply."""
+
+    @abstractmethod
+    def roles(self, stage: str) -> dict[str, Role]:
+        """The roles of a stage by name, in update order."""
+
+    def needs(self, stage: str) -> dict[str, str]:
+        """Networks that `stage` takes from an earlier one: network name -> stage name."""
+        return {}
+
+    @abstractmethod
+    def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
+        """Logits (B, K, X, Y, Z) of `network` for image (B, M, X, Y, Z), hidden sequences already filled; available (B, M) bool."""
+
+    @abstractmethod
+    def to_labels(self, logits: Tensor) -> Tensor:
+        """Label map (B, X, Y, Z) uint8 in the data's label scheme from logits (B, K, X, Y, Z)."""
+
+    @classmethod
+    def check_crop(cls, config: BaseModel, crop: tuple[int, int, int]) -> None:
+        """Raise UserError if the networks cannot take this crop; called before anything heavy is built."""
+
+
+def available_methods() -> list[str]:
+    """Names of the method files in this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def load(name: str) -> type[Method]:
+    """The method class of `mstkd/methods/<name>.py`, or of a dotted module path outside this project."""
+    module_name = name if "." in name else f"{__name__}.{name}"
+    try:
+        return importlib.import_module(module_name).METHOD
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise  # the method exists, something it imports does not
+        raise UserError(f"method.name: no method {name!r}; known: {', '.join(available_methods())}") from None
+
+
+def build(section: dict, facts: DataFacts, source: str = "recipe") -> Method:
+    """The method described by a recipe's `method:` section; raises UserError on an unknown or ill-typed key."""
+    method = load(section["name"])
+    config = validate_section(method.Config, {k: v for k, v in section.items() if k != "name"}, "method", source)
+    method.check_crop(config, facts.crop)
+    return method(config, facts)

@@ -1,0 +1,1 @@
+"""Plain networks: torch modules without a framework base class."""

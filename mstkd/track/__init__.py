@@ -1,0 +1,1 @@
+"""Where figures of a run go: JSON lines and MLflow."""

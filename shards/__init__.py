@@ -1,0 +1,1 @@
+"""Shard sets: what is in them, how they are made, checked and imitated."""

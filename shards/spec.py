@@ -1,0 +1,144 @@
+"""The contract of a shard set: label schemes, data set specs, index, subject meta data, splits.
+
+Everything here is plain data (pydantic); readers and writers import it, it imports none of them.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_VERSION = 1
+IMAGE, BRAIN, LABEL, META = "image.npy", "brain.npy", "label.npy", "meta.json"  # members of a subject, in this order
+SUBJECT_KEY = re.compile(r"[A-Za-z0-9_-]+")  # no dots: WebDataset cuts keys at the first one
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LabelScheme(Strict):
+    """Which voxel values exist and which unions of them are scored.
+
+    `regions` maps a region to its label values, in the order in which overlapping regions are painted;
+    `paint` gives the value a painted region leaves behind. For tissue schemes each class is a region of its own.
+    """
+
+    name: str
+    values: tuple[int, ...]  # all values a label map may hold, 0 included
+    regions: dict[str, tuple[int, ...]]
+    paint: dict[str, int]
+
+
+def _tumour(name: str, core: int, oedema: int, enhancing: int, extra: tuple[int, ...] = ()) -> LabelScheme:
+    return LabelScheme(
+        name=name,
+        values=tuple(sorted({0, core, oedema, enhancing, *extra})),
+        regions={"WT": (core, oedema, enhancing), "TC": (core, enhancing), "ET": (enhancing,)},
+        paint={"WT": oedema, "TC": core, "ET": enhancing},
+    )
+
+
+def _classes(name: str, classes: dict[str, int]) -> LabelScheme:
+    return LabelScheme(name=name, values=(0, *classes.values()), regions={k: (v,) for k, v in classes.items()}, paint=classes)
+
+
+LABEL_SCHEMES: dict[str, LabelScheme] = {
+    scheme.name: scheme
+    for scheme in (
+        _tumour("brats2018", core=1, oedema=2, enhancing=4),
+        _tumour("brats2023", core=1, oedema=2, enhancing=3),
+        _tumour("brats2024", core=1, oedema=2, enhancing=3, extra=(4,)),  # 4 = resection cavity, outside every region
+        _tumour("msd_task01", core=2, oedema=1, enhancing=3),
+        _classes("tissue3", {"CSF": 1, "GM": 2, "WM": 3}),
+        _classes("malc27", {f"structure_{i:02d}": i for i in range(1, 28)}),
+    )
+}
+
+
+class SequenceStats(Strict):
+    """Raw intensities of one sequence over the brain; mean and std undo the z-score."""
+
+    mean: float
+    std: float
+    min: float
+    max: float
+    p0_1: float
+    p0_5: float
+    p99_5: float
+    p99_9: float
+
+
+class SubjectMeta(Strict):
+    """`<subject>.meta.json`: what is needed to normalise differently and to return to the original grid."""
+
+    subject: str
+    patient: str
+    site: str | None = None
+    field_strength_t: float | None = None
+    sequences: tuple[str, ...]  # present ones, in the data set's order
+    stats: dict[str, SequenceStats]  # per present sequence
+    spacing_mm: tuple[float, float, float]  # of the stored volume: (X, Y, Z), RAS+
+    original_shape: tuple[int, int, int]  # of the file, before reorientation
+    original_affine: tuple[tuple[float, float, float, float], ...]  # 4 x 4, voxel -> mm, of the file
+    orientation: str  # axis codes of the file, e.g. "LPS"
+    crop_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) per axis, in the RAS+ grid
+
+
+class SubjectEntry(Strict):
+    """One subject in the index. `members` maps suffix (e.g. "image.npy") to (byte offset of the payload, byte size)."""
+
+    subject: str
+    patient: str
+    sequences: tuple[str, ...]
+    members: dict[str, tuple[int, int]]
+    fingerprint: dict[str, str]  # per sequence: base64 of float16 16^3 block means of the z-scored volume
+    label_volume_ml: dict[str, float] = Field(default_factory=dict)  # per region of the scheme
+
+
+class ShardEntry(Strict):
+    file: str
+    bytes: int
+    sha256: str
+    subjects: tuple[SubjectEntry, ...]
+
+
+class ShardIndex(Strict):
+    """`index.json`."""
+
+    version: Literal[1] = FORMAT_VERSION
+    dataset: str
+    spec_sha256: str
+    sequences: tuple[str, ...]
+    label_scheme: str | None
+    extra_members: tuple[str, ...] = ()
+    shards: tuple[ShardEntry, ...]
+
+    def subjects(self) -> dict[str, SubjectEntry]:
+        """All subjects by key, in stored order."""
+        return {entry.subject: entry for shard in self.shards for entry in shard.subjects}
+
+
+class Fold(Strict):
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+
+
+class Splits(Strict):
+    """`splits.json`: subject keys; all subjects of a patient on one side."""
+
+    version: Literal[1] = 1
+    folds: tuple[Fold, ...]
+    test: tuple[str, ...] = ()
+
+
+def read_index(folder: Path) -> ShardIndex:
+    """The index of a shard set."""
+    return ShardIndex.model_validate(json.loads((Path(folder) / "index.json").read_text()))
+
+
+def read_splits(folder: Path) -> Splits:
+    """The splits of a shard set."""
+    return Splits.model_validate(json.loads((Path(folder) / "splits.json").read_text()))
