@@ -1,0 +1,112 @@
+"""Who this process is among the ranks: the same answer under deepspeed, torchrun, srun or a bare python."""
+
+import os
+import random
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mstkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def resolve_environment() -> Ranks:
+    """Rank, world size and device; completes RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT in the environment.
+
+    Variables set by a launcher win; else SLURM's (srun starts one process per task); else one process alone.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    rank, world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    if world == 1:
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(_free_port()))
+    elif "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+        raise UserError("MASTER_ADDR and MASTER_PORT are not set: start several ranks with deepspeed, torchrun or slurm/train.sbatch")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"local rank {local_rank} has no GPU (this node shows {torch.cuda.device_count()}); start one rank per GPU")
+        return Ranks(rank, world, local_rank, torch.device("cuda", local_rank))
+    return Ranks(rank, world, local_rank, torch.device("cpu"))
+
+
+def any_rank(flags: list[bool], ranks: Ranks) -> list[bool]:
+    """For each flag, on every rank: is it true on any? Collective."""
+    if ranks.world == 1:
+        return flags
+    votes = torch.tensor([int(flag) for flag in flags], device=ranks.device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return votes.bool().tolist()
+
+
+def from_main(value, ranks: Ranks):
+    """Rank 0's `value` on every rank. Collective."""
+    if ranks.world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=ranks.device if ranks.device.type == "cuda" else None)
+    return box[0]
+
+
+def on_main(action, ranks: Ranks):
+    """Run `action()` on rank 0 only and return its result on every rank; its UserError is raised on every rank. Collective."""
+    result, problem = None, None
+    if ranks.main:
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+    result, problem = from_main((result, problem), ranks)
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+def barrier(ranks: Ranks) -> None:
+    if ranks.world > 1:
+        dist.barrier()
+
+
+def average_buffers(networks: dict[str, nn.Module], ranks: Ranks) -> None:
+    """Replace floating-point buffers (BatchNorm running statistics) by their mean over ranks. Collective.
+
+    Each rank sees other samples; without this, evaluation would depend on the rank that runs it.
+    """
+    if ranks.world == 1:
+        return
+    buffers = [b for name in sorted(networks) for b in networks[name].buffers() if b.is_floating_point()]
+    if not buffers:
+        return
+    flat = torch.cat([b.detach().flatten().float() for b in buffers]).to(ranks.device)
+    dist.all_reduce(flat)
+    flat /= ranks.world
+    offset = 0
+    for buffer in buffers:
+        buffer.copy_(flat[offset : offset + buffer.numel()].view_as(buffer))
+        offset += buffer.numel()
+
+
+def _free_port() -> int:
+    for port in random.SystemRandom().sample(range(20000, 60000), 50):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise UserError("no free port between 20000 and 60000 on this host; set MASTER_PORT")

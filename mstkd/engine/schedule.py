@@ -1,0 +1,24 @@
+"""Learning rate as a pure function of progress: nothing to save, nothing to restore."""
+
+import math
+
+from mstkd.batch import Progress
+from mstkd.config import ScheduleConfig
+
+
+def lr_factor(schedule: ScheduleConfig, progress: Progress) -> float:
+    """The factor on the optimiser's lr for this step; positive for every step of the run (poly, constant).
+
+    With `per: epoch` the factor is held during an epoch: poly is (1 - e/E)^power with e counted from 0.
+    """
+    if progress.step < schedule.warmup_steps:
+        return (progress.step + 1) / schedule.warmup_steps
+    if schedule.per == "epoch":
+        done = progress.epoch / math.ceil(progress.total_epochs)
+    else:
+        done = (progress.step - schedule.warmup_steps) / max(progress.total_steps - schedule.warmup_steps, 1)
+    if schedule.name == "poly":
+        return (1 - done) ** schedule.power
+    if schedule.name == "cosine":
+        return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * (1 + math.cos(math.pi * done)) / 2
+    return 1.0

@@ -1,0 +1,37 @@
+"""Asking a run to stop: a signal sets a flag, the ranks agree at the next step boundary.
+
+Never save inside a handler: DeepSpeed's save is collective and a handler runs on one rank at an arbitrary line.
+"""
+
+import signal
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+class StopFlag:
+    """`reason` names the first signal received, or is None."""
+
+    def __init__(self):
+        self.reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.reason is not None
+
+    def set(self, number: int, _frame=None) -> None:
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C is impatience, not a request
+
+
+@contextmanager
+def stop_signals():
+    """Yields a StopFlag that SIGTERM, SIGINT and SIGUSR2 set; restores the previous handlers afterwards."""
+    flag = StopFlag()
+    previous = {number: signal.signal(number, flag.set) for number in SIGNALS}
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

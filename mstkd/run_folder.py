@@ -1,0 +1,113 @@
+"""The run folder: its resolved configuration, its record, and whether a run may continue in it.
+
+runs/<name>/  config.yaml  record.json  metrics.jsonl  mlflow.json  logs/  <stage>/checkpoints/  evaluation/
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from mstkd.config import RunConfig, read_yaml, resolved, validate_section
+from mstkd.errors import UserError
+from mstkd.shards.spec import read_index
+
+RECORDED = ("mstkd", "torch", "deepspeed", "monai", "webdataset", "mlflow", "numpy", "nibabel")
+# What may differ between attempts of one run: none of it changes the updates. Everything else does.
+FREE = ("resume", "runs_dir", "data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples", "train.log_every",
+        "train.max_skipped", "checkpoint", "inference", "evaluate", "tracking")  # fmt: skip
+
+
+def open_run(config: RunConfig) -> None:
+    """Create the run folder, or check that this configuration may continue in it. Raises UserError."""
+    folder, path = config.run_dir, config.run_dir / "config.yaml"
+    if path.is_file():
+        if config.resume == "never":
+            raise UserError(f"run folder {folder} exists and resume=never; choose another name=... or use resume=auto")
+        check_same(read_run_config(folder), config)
+    elif config.resume == "required":
+        raise UserError(f"resume=required: {folder} is not a run folder; check name and runs_dir, or use resume=auto")
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+    os.replace(partial, path)
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The resolved configuration of a run folder. Raises UserError if it is not one."""
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    values, _ = read_yaml(path)
+    return validate_section(RunConfig, values, "", str(path))
+
+
+def check_same(before: RunConfig, now: RunConfig) -> None:
+    """Raise UserError naming the first key whose change would make the resumed run another run."""
+    old, new = dict(_leaves(resolved(before))), dict(_leaves(resolved(now)))
+    for key in sorted({*old, *new}):
+        if any(key == free or key.startswith(free + ".") for free in FREE) or old.get(key) == new.get(key):
+            continue
+        raise UserError(
+            f"{now.run_dir}: {key} was {old.get(key)!r} and is now {new.get(key)!r}; "
+            "a resumed run keeps its configuration: undo the change, or start another run with name=..."
+        )
+
+
+def data_digest(config: RunConfig) -> str:
+    """sha256 over the indices and splits of the run's shard sets: which bytes, which roles."""
+    digest = hashlib.sha256()
+    for shard_set in config.data.shards:
+        for name in ("index.json", "splits.json"):
+            digest.update((Path(shard_set.path) / name).read_bytes())
+    return digest.hexdigest()
+
+
+def record_attempt(config: RunConfig, world_size: int) -> dict:
+    """Add this start to record.json and return the record, whose `attempts` list has one entry per start."""
+    path = config.run_dir / "record.json"
+    record = json.loads(path.read_text()) if path.is_file() else {"attempts": []}
+    record |= {
+        "git": git_state(),
+        "versions": {name: metadata.version(name) for name in RECORDED},
+        "python": platform.python_version(),
+        "seed": config.seed,
+        "data": {"names": [read_index(Path(s.path)).dataset for s in config.data.shards], "digest": data_digest(config)},
+        "world_size": world_size,
+    }
+    record["attempts"].append({"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": world_size})
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(record, indent=1))
+    os.replace(partial, path)
+    return record
+
+
+def git_state() -> dict[str, str] | None:
+    """Commit and uncommitted diff of the checkout that holds this package; None outside a checkout."""
+    root = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    # tracked there, not merely below some other project's checkout (a virtual environment inside one, say)
+    if git("ls-files", "--error-unmatch", "run_folder.py") is None:
+        return None
+    return {"commit": (git("rev-parse", "HEAD") or "").strip(), "diff": git("diff", "HEAD") or ""}
+
+
+def _leaves(values, prefix: str = ""):
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values

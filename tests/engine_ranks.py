@@ -1,0 +1,80 @@
+"""What the ranks do in test_engine.py: train the toy on generated batches."""
+
+from pathlib import Path
+
+import torch
+
+from mstkd import methods
+from mstkd.batch import Batch
+from mstkd.config import RunConfig
+from mstkd.engine import backend
+from mstkd.engine.backend import RoleEngine
+from mstkd.engine.checkpoint import Checkpoints
+from mstkd.engine.distributed import resolve_environment
+from mstkd.engine.stop import StopFlag
+from mstkd.engine.trainer import Stage, Trainer
+from mstkd.shards.spec import LABEL_SCHEMES
+from mstkd.track import NullTracker
+
+SEQUENCES = ("flair", "t1", "t1ce", "t2")
+
+
+class Recorder(NullTracker):
+    def __init__(self):
+        self.rows = []
+
+    def log_metrics(self, values, step, stage):
+        self.rows.append((step, values))
+
+
+def micro_batch(step: int, j: int) -> Batch:
+    """The j-th micro-batch of a step: the same whatever the rank count; every micro-batch lacks other sequences."""
+    draw = torch.Generator().manual_seed(1000 * step + j)
+    image = torch.randn(1, 4, 8, 8, 8, generator=draw)
+    available = torch.tensor([[bool((j + 1) >> m & 1) or m == step % 4 for m in range(4)]])
+    label = (image.mean(1) > 0.2).to(torch.uint8)
+    return Batch(image, torch.ones(1, 8, 8, 8, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool), available, [f"s{j}"], label)
+
+
+def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5):
+    """Train the toy; returns (log rows, final weights of the student, engine step counts)."""
+    ranks = resolve_environment()
+    backend.start(ranks)
+    config = RunConfig.model_validate({
+        "name": "toy", "method": {"name": "toys.co_trained", **(method or {})}, "data": {"shards": "none", "crop": [8, 8, 8]},
+        "train": {"global_batch": 4, "steps": steps, "precision": precision, "zero_stage": zero, "log_every": 1, "max_skipped": max_skipped},
+        "validate": {"every_steps": 5}, "checkpoint": {"every_steps": every_steps, "keep": keep},
+    })  # fmt: skip
+    facts = methods.DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], (8, 8, 8))
+
+    def build():
+        torch.manual_seed(0)
+        return methods.build(config.method, facts)
+
+    toy = build()
+    accumulation = 4 // ranks.world
+    engines = {n: RoleEngine(n, r, config.train, accumulation, ranks.device) for n, r in toy.roles("distill").items()}
+    stop = StopFlag()
+
+    def batches(start):
+        for step in range(start, steps):
+            if step == stop_after and ranks.main:  # one rank alone is told; all must stop
+                stop.reason = "SIGTERM"
+            yield [(a * ranks.world + ranks.rank, micro_batch(step, a * ranks.world + ranks.rank)) for a in range(accumulation)]
+
+    def validate(whole):
+        if not best:
+            return {"dice": 0.0}
+        weight = sum(p.double().sum() for p in whole.networks["student"].parameters())
+        return {"dice": float(torch.sigmoid(weight))}
+
+    stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
+    recorder = Recorder()
+    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep), recorder, stop)
+    trainer.resume(required=False)
+    finished = trainer.fit()
+    whole = trainer._whole_method()
+    weights = {name: {k: v.numpy().copy() for k, v in net.state_dict().items()} for name, net in whole.networks.items()}
+    for engine in engines.values():
+        engine.destroy()
+    return {"rows": recorder.rows, "weights": weights, "finished": finished, "step": trainer.state.step, "skipped": trainer._skipped}

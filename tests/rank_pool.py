@@ -1,0 +1,73 @@
+"""Persistent ranks for tests: starting DeepSpeed ranks costs many seconds, so tests share them.
+
+`RankPool(world).run("file.py", "function", **arguments)` calls the function of that file (in this folder)
+on every rank at once and returns the ranks' results in order.
+"""
+
+import importlib.util
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import traceback
+from multiprocessing.connection import Client, Listener
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+class RankPool:
+    def __init__(self, world: int):
+        key = secrets.token_bytes(16)
+        listener = Listener(("127.0.0.1", 0), backlog=world, authkey=key)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                       "OMP_NUM_THREADS": "1", "POOL_KEY": key.hex(), "POOL_PORT": str(listener.address[1])}  # fmt: skip
+        self.processes = [
+            subprocess.Popen([sys.executable, __file__], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(world)
+        ]
+        pairs = []
+        for _ in range(world):
+            connection = listener.accept()
+            pairs.append((connection.recv(), connection))
+        self.connections = [connection for _, connection in sorted(pairs, key=lambda pair: pair[0])]
+
+    def run(self, file: str, function: str, **arguments) -> list:
+        for connection in self.connections:
+            connection.send((file, function, arguments))
+        replies = [connection.recv() for connection in self.connections]
+        for rank, (ok, value) in enumerate(replies):
+            if not ok:
+                raise AssertionError(f"rank {rank} failed:\n{value}")
+        return [value for _, value in replies]
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.send(None)
+        for process in self.processes:
+            process.wait(timeout=60)
+
+
+def _serve() -> None:
+    sys.path.insert(0, str(HERE))  # toys.* are importable as methods "outside this project"
+    connection = Client(("127.0.0.1", int(os.environ["POOL_PORT"])), authkey=bytes.fromhex(os.environ["POOL_KEY"]))
+    connection.send(int(os.environ["RANK"]))
+    modules = {}
+    while (task := connection.recv()) is not None:
+        file, function, arguments = task
+        try:
+            if file not in modules:
+                spec = importlib.util.spec_from_file_location(Path(file).stem, HERE / file)
+                modules[file] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(modules[file])
+            connection.send((True, getattr(modules[file], function)(**arguments)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,123 @@
+"""The engine on real DeepSpeed ranks (gloo): equal curves for any rank count and ZeRO stage, exact resume, sound checkpoints."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from mstkd.batch import Progress
+from mstkd.config import ScheduleConfig
+from mstkd.engine.schedule import lr_factor
+
+
+def curve(result, name="train/loss_networks"):
+    return {step: row[name] for step, row in result["rows"] if name in row}
+
+
+@pytest.fixture(scope="module")
+def reference(one_rank, tmp_path_factory):
+    """Ten fp32 steps on one rank without ZeRO."""
+    return one_rank.run("engine_ranks.py", "train", folder=str(tmp_path_factory.mktemp("reference")), zero=0)[0]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("pool", ["one_rank", "two_ranks"])
+def test_curve_is_the_same_for_every_rank_count_and_zero_stage(pool, zero, reference, tmp_path, request):
+    results = request.getfixturevalue(pool).run("engine_ranks.py", "train", folder=str(tmp_path), zero=zero)
+    for name in ("train/loss_networks", "train/loss_critic"):
+        expected, got = curve(reference, name), curve(results[0], name)
+        assert list(got) == list(range(1, 11))
+        assert max(abs(expected[s] - got[s]) for s in got) < 1e-5
+    assert curve(reference)[1] != curve(reference)[10]
+    for result in results:  # weights and BatchNorm statistics agree on all ranks
+        for key, value in results[0]["weights"]["student"].items():
+            np.testing.assert_array_equal(value, result["weights"]["student"][key])
+
+
+def test_roles_run_by_their_schedule(two_ranks, tmp_path):
+    rows = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), method={"critic_every": 3})[0]
+    assert list(curve(rows, "train/loss_critic")) == [3, 6, 9]
+    assert list(curve(rows)) == list(range(1, 11))
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_stop_on_one_rank_stops_all_and_resume_continues_exactly(two_ranks, tmp_path, zero):
+    whole = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "whole"), zero=zero)
+    first = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "cut"), zero=zero, stop_after=4)
+    assert [r["finished"] for r in first] == [False, False] and {r["step"] for r in first} == {5}
+    second = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "cut"), zero=zero)
+    joined = curve(first[0]) | curve(second[0])
+    assert list(curve(second[0])) == [6, 7, 8, 9, 10]
+    assert joined == curve(whole[0])  # bit for bit
+    for key, value in whole[0]["weights"]["student"].items():
+        if "running" not in key:  # the extra save averages BatchNorm statistics once more
+            np.testing.assert_array_equal(value, second[0]["weights"]["student"][key])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_non_finite_update_is_skipped_and_counted(two_ranks, tmp_path, zero, precision):
+    results = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), zero=zero, precision=precision, method={"nan_at": [3, 4]})
+    for result in results:
+        assert result["skipped"] == 2
+        assert all(np.isfinite(v).all() for net in result["weights"].values() for v in net.values())
+    rows = dict(curve(results[0]))
+    assert 4 not in rows and 5 not in rows and math.isfinite(rows[10])
+
+
+def test_too_many_non_finite_updates_end_the_run(two_ranks, tmp_path):
+    with pytest.raises(AssertionError, match="TrainingError.*3 non-finite updates in a row"):
+        two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), max_skipped=2, method={"nan_at": list(range(2, 9))})
+
+
+def test_checkpoints_keep_newest_and_best_with_consolidated_weights(two_ranks, tmp_path):
+    from safetensors.numpy import load_file
+
+    results = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), zero=3, every_steps=2, best=True, keep=1)
+    best, latest = (tmp_path / (tmp_path / name).read_text().strip() for name in ("best", "latest"))
+    assert latest.name == "step-00000010"
+    assert {p for p in tmp_path.glob("step-*")} == {best, latest}
+    state = json.loads((best / "state.json").read_text())
+    assert state["state"]["best_step"] == int(best.name.removeprefix("step-"))
+    weights = load_file(best / "networks.safetensors")
+    assert {k.split(".")[0] for k in weights} == {"teacher", "student"}
+    if best == latest:
+        for key, value in results[0]["weights"]["student"].items():
+            np.testing.assert_array_equal(weights[f"student.{key}"], value)
+    assert set(load_file(best / "critic.safetensors")) == {f"critic.{k}" for k in results[0]["weights"]["critic"]}
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(two_ranks, tmp_path):
+    two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=4, stop_after=8, steps=12)
+    newest = tmp_path / (tmp_path / "latest").read_text().strip()
+    assert newest.name == "step-00000009"
+    victim = next(newest.glob("networks/*model_states.pt"))
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    victim.write_bytes(data)
+    again = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=4, steps=12)[0]
+    assert min(curve(again)) == 9  # from step-00000008
+    assert again["finished"] and again["step"] == 12
+
+
+def progress(step, epoch, steps=1000, epochs=100.0):
+    return Progress(step=step, epoch=epoch, total_steps=steps, total_epochs=epochs)
+
+
+def test_poly_per_epoch_has_the_published_values_and_never_reaches_zero():
+    poly = ScheduleConfig(name="poly", per="epoch", power=0.9)
+    for epoch, lr in ((0, 1.0e-4), (50, 5.3589e-5), (99, 1.5849e-6)):
+        assert 1e-4 * lr_factor(poly, progress(epoch * 10, epoch)) == pytest.approx(lr, rel=1e-4)
+    for name in ("poly", "constant"):
+        for per in ("step", "epoch"):
+            schedule = ScheduleConfig(name=name, per=per)
+            assert min(lr_factor(schedule, progress(s, s // 10)) for s in range(1000)) > 0
+
+
+def test_warm_up_then_cosine():
+    schedule = ScheduleConfig(name="cosine", warmup_steps=10, min_lr_ratio=0.1)
+    factors = [lr_factor(schedule, progress(s, 0)) for s in range(1001)]
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert factors[10] == pytest.approx(1.0) and factors[1000] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
