@@ -1,1 +1,186 @@
-"""placeholder"""
+"""The `mstkd` command: reads the command line, calls one function, turns what goes wrong into one line.
+
+Only light modules are imported here; each command imports what it needs, so that `--help` answers at once.
+"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from mstkd.config import load_config
+from mstkd.errors import UserError
+from mstkd.launch.shards_cli import print_table, shards
+
+UsageError = typer.BadParameter.__bases__[0]  # Typer re-exports only the subclass
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+
+app = typer.Typer(
+    help="Distil a teacher that sees every MR sequence into a student that works with any subset.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(shards, name="shards")
+mlflow_app = typer.Typer(help="The MLflow data base of the runs.")
+app.add_typer(mlflow_app, name="mlflow")
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/mst_kdnet_phantom.")]
+
+
+def main() -> None:
+    """The console script. Bad input: one red line on stderr and exit code 2."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except UserError as error:
+        _fail(str(error))
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "mstkd"
+        _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe or a path ending in .yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dotted recipe keys to change.")] = None,
+) -> None:
+    """Train one recipe: one process, or as many as the launcher started.
+
+    Example: mstkd train mst_kdnet_phantom train.steps=50
+    """
+    load_config(recipe, overrides or [])  # a wrong key is said at once, not after seconds of imports
+    from mstkd.train import run
+
+    raise typer.Exit(run(recipe, overrides or []))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run folder.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Another shard set than the run's own.")] = None,
+    split: Annotated[str, typer.Option(help="Which subjects of it: test or val.")] = "test",
+    allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Score cases that training saw; the report says so.")] = False,
+    pred: Annotated[Path | None, typer.Option(help="Instead of RUN: a folder of predicted label maps.")] = None,
+    ref: Annotated[Path | None, typer.Option(help="With --pred: the folder of reference label maps.")] = None,
+    spec: Annotated[str | None, typer.Option(help="With --pred: the data set spec that names files and labels.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --pred: where results go. Default: PRED/evaluation.")] = None,
+) -> None:
+    """Score a run, or label maps that lie in a folder, on every subset of sequences.
+
+    Example: mstkd evaluate runs/mst_kdnet_phantom
+
+    Example: mstkd evaluate --pred predictions --ref labels --spec brats2018
+    """
+    if (run is None) == (pred is None):
+        raise UserError("mstkd evaluate: give either RUN or --pred DIR --ref DIR --spec NAME")
+    if run is not None:
+        from mstkd.evaluate.run import evaluate_run
+
+        evaluate_run(run, data, split, allow_overlap)
+    else:
+        if ref is None or spec is None:
+            raise UserError("mstkd evaluate --pred: --ref DIR and --spec NAME are needed too")
+        from mstkd.evaluate.run import evaluate_predictions
+
+        evaluate_predictions(pred, ref, spec, out or pred / "evaluation")
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    input: Annotated[Path, typer.Option(help="Folder of NIfTI cases with any subset of the sequences.")],
+    output: Annotated[Path, typer.Option(help="Folder to create for the label maps.")],
+    spec: Annotated[str | None, typer.Option(help="How files are named. Default: as in the run's data set.")] = None,
+) -> None:
+    """Predict label maps for NIfTI cases, on their original grid.
+
+    Example: mstkd predict runs/mst_kdnet_phantom --input cases --output predictions
+    """
+    from mstkd.predict import predict_folder
+
+    written = predict_folder(run, input, output, spec)
+    typer.echo(f"wrote {len(written)} label maps to {output}")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    format: Annotated[Literal["safetensors"], typer.Option(help="What to write.")] = "safetensors",
+) -> None:
+    """Write the student for use elsewhere, without anything that identifies a person or a machine.
+
+    Example: mstkd export runs/mst_kdnet_phantom --format safetensors --out student
+    """
+    from mstkd.export import export as write
+
+    write(run, out, format)
+    typer.echo(f"wrote {out}")
+
+
+@mlflow_app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000,
+    runs_dir: Annotated[Path, typer.Option(help="Where the runs and their mlflow.db lie.")] = Path("runs"),
+) -> None:
+    """Serve the MLflow pages of the local runs on 127.0.0.1, until Ctrl-C.
+
+    Example: mstkd mlflow ui --port 5000
+    """
+    database = runs_dir.resolve() / "mlflow.db"
+    if not database.is_file():
+        raise UserError(f"{database}: no such file; train first, or point --runs-dir at the folder of the runs")
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"port {port} on 127.0.0.1 is taken; choose another with --port")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{database}"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    typer.echo(f"http://127.0.0.1:{port} (Ctrl-C ends it)")
+    sys.stdout.flush()
+    # the server takes this process over: a signal or Ctrl-C reaches it directly
+    os.execve(sys.executable, command, {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"})
+
+
+@app.command()
+def methods() -> None:
+    """List the methods that a recipe can name.
+
+    Example: mstkd methods
+    """
+    from mstkd.methods import available_methods, load
+
+    table = Table("method", "task", "stages", "what it is")
+    for name in available_methods():
+        method = load(name)
+        table.add_row(name, method.task, ", ".join(method.stages), _first_line(method))
+    print_table(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Check that this machine can train; each finding is one line with its fix.
+
+    Example: mstkd doctor
+    """
+    from mstkd.launch.doctor import findings
+
+    found = findings()
+    for finding in found:
+        typer.echo(str(finding))
+    if any(finding.state == "missing" for finding in found):
+        raise typer.Exit(1)
+
+
+def _first_line(method: type) -> str:
+    doc = vars(method).get("__doc__") or sys.modules[method.__module__].__doc__ or ""
+    return doc.strip().split("\n")[0]
+
+
+def _fail(message: str) -> None:
+    typer.secho(message, fg=typer.colors.RED, err=True)
+    sys.exit(2)

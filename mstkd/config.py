@@ -28,6 +28,11 @@ class IntensityConfig(Section):
     percentile: Literal["0.1", "0.5"] = "0.5"
     interval: tuple[float, float] = (0.0, 1.0)
 
+    @property
+    def hidden_value(self) -> float:
+        """What a hidden or absent sequence is filled with: 0 for z-scores, else the lower end of the interval."""
+        return 0.0 if self.kind == "zscore" else self.interval[0]
+
 
 class OptimizerConfig(Section):
     name: Literal["adam", "adamw", "sgd"] = "adam"

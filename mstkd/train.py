@@ -6,7 +6,9 @@ Entry of `mstkd train RECIPE`, `deepspeed --num_gpus N --module mstkd.train RECI
 import logging
 import signal
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,10 +26,8 @@ from mstkd.engine.stop import StopFlag, stop_signals
 from mstkd.engine.trainer import Stage, Trainer, TrainingError
 from mstkd.engine.warm_start import warm_start
 from mstkd.errors import UserError
-from mstkd.evaluate.cases import validate
-from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.overlap import refuse_overlap
-from mstkd.evaluate.source import CaseSource
+from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import load_network, safetensors_of
 from mstkd.methods import DataFacts, Method
 from mstkd.shards.spec import LABEL_SCHEMES
@@ -51,8 +51,7 @@ def train(config: RunConfig) -> str | None:
     stages = chosen_stages(config, method)
     on_main(lambda: refuse_overlap(training.stores, config.data), ranks)
     on_main(lambda: run_folder.open_run(config), ranks)
-    log_to_file(config.run_dir, ranks)
-    with stop_signals() as stop, _trackers(config, method, ranks) as tracker:
+    with logged_to_file(config.run_dir, ranks), stop_signals() as stop, _trackers(config, method, ranks) as tracker:
         for name in stages:
             if not _train_stage(name, config, method, training, ranks, tracker, stop):
                 tracker.finish("KILLED")
@@ -114,7 +113,7 @@ def _train_stage(
 
     stage = Stage(
         name, config, method, engines, steps, training.order.items_per_epoch, batches,
-        _validation(config, training, ranks), lambda: build_method(config, training)[0],
+        Validation(config, training.stores, ranks), lambda: build_method(config, training)[0],
     )  # fmt: skip
     trainer = Trainer(stage, ranks, checkpoints, tracker, stop)
     trainer.resume(required=config.resume == "required")
@@ -124,19 +123,6 @@ def _train_stage(
     finally:
         for engine in engines.values():
             engine.destroy()
-
-
-def _validation(config: RunConfig, training: TrainingSet, ranks: Ranks) -> Callable[[Method], dict[str, float] | None]:
-    source = CaseSource(training.stores)
-    subjects = source.subjects("val", config.data.fold)[: config.validation.max_cases]
-
-    def score(method: Method) -> dict[str, float] | None:
-        if not subjects:
-            return None
-        predictor = Predictor(method, training.sequences, config.data.crop, config.inference, ranks.device)
-        return validate(predictor, source, subjects, source.label_scheme, config, ranks.rank, ranks.world)
-
-    return score
 
 
 def _trackers(config: RunConfig, method: Method, ranks: Ranks) -> Tracker:
@@ -150,6 +136,9 @@ def _trackers(config: RunConfig, method: Method, ranks: Ranks) -> Tracker:
 
 def log_to_console(rank: int) -> None:
     """Progress on stderr, from rank 0 alone; everything goes to the run folder's log of each rank."""
+    # Deprecations inside DeepSpeed and MONAI, once per rank and call site: nothing a user could act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"monai\.inferers")
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("mstkd").setLevel(logging.INFO)
     console = logging.StreamHandler()
@@ -158,10 +147,20 @@ def log_to_console(rank: int) -> None:
     logging.getLogger().addHandler(console)
 
 
-def log_to_file(run_dir: Path, ranks: Ranks) -> None:
+@contextmanager
+def logged_to_file(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Everything this rank says goes to logs/rank-<n>.log of the run folder, too."""
     handler = logging.FileHandler(run_dir / "logs" / f"rank-{ranks.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
+    try:
+        yield
+    except BaseException:
+        log.exception("the run ended here")
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def run(recipe: str, overrides: list[str]) -> int:

@@ -127,11 +127,12 @@ class Fold(Strict):
 
 
 class Splits(Strict):
-    """`splits.json`: subject keys; all subjects of a patient on one side."""
+    """`splits.json`: subject keys; all subjects of a patient on one side, unless `allow_overlap` says otherwise."""
 
     version: Literal[1] = 1
     folds: tuple[Fold, ...]
     test: tuple[str, ...] = ()
+    allow_overlap: bool = False  # stated by whoever made an explicit split; reports print it
 
 
 def read_index(folder: Path) -> ShardIndex:

@@ -21,3 +21,15 @@ def two_ranks():
     pool = RankPool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def phantom_shards(tmp_path_factory):
+    """A shard set of twelve small phantom subjects, made once."""
+    from mstkd.shards.build import build
+    from mstkd.shards.phantom import write_phantom
+
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder / "nifti", subjects=12, size=32, seed=3)
+    build("phantom", folder / "nifti", folder / "shards", workers=1, seed=0)
+    return folder / "shards"

@@ -64,9 +64,9 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
 
     def validate(whole):
         if not best:
-            return {"dice": 0.0}
+            return {"score": 0.0}
         weight = sum(p.double().sum() for p in whole.networks["student"].parameters())
-        return {"dice": float(torch.sigmoid(weight))}
+        return {"score": float(torch.sigmoid(weight))}
 
     stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
     recorder = Recorder()

@@ -44,7 +44,7 @@ class Stage:
     total_steps: int
     items_per_epoch: int
     batches: Callable[[int], Iterable[MicroBatches]]  # from a start step: this rank's micro-batches of each step
-    validate: Callable[[Method], dict[str, float] | None]  # scalars with "dice", or None without validation cases
+    validate: Callable[[Method], dict[str, float] | None]  # scalars with "score", or None without validation cases
     plain_copy: Callable[[], Method]  # a method with untrained networks, to hold whole weights under ZeRO-3
 
 
@@ -177,7 +177,7 @@ class Trainer:
             self.state.best_step = self.state.step
             return True
         self.tracker.log_metrics({f"val/{name}": value for name, value in figures.items()}, self.state.step, self.stage.name)
-        score = figures["dice"]
+        score = figures["score"]
         log.info("stage %s: step %d: validation Dice %.4f", self.stage.name, self.state.step, score)
         if math.isfinite(score) and (self.state.best_score is None or score > self.state.best_score):
             self.state.best_score, self.state.best_step = score, self.state.step

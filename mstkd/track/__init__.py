@@ -1,1 +1,24 @@
-"""Where figures of a run go: JSON lines and MLflow."""
+"""Where the figures of a run go: JSON lines in the run folder, and MLflow."""
+
+from pathlib import Path
+
+from mstkd.config import RunConfig
+from mstkd.track.jsonl import JsonlTracker
+from mstkd.track.protocol import CompositeTracker, NullTracker, Status, Tracker
+
+__all__ = ["CompositeTracker", "NullTracker", "Status", "Tracker", "open_trackers"]
+
+
+def open_trackers(
+    config: RunConfig, run_dir: Path, *, attempt: int, tags: dict[str, object], dataset: dict[str, str]
+) -> Tracker:
+    """The trackers of a run, for rank 0 alone; the other ranks take a `NullTracker`.
+
+    `attempt` counts from 1; `tags` are facts of this attempt (git sha, ranks, task ...); `dataset` is
+    {"name", "digest"}. MLflow continues the run that `run_dir/mlflow.json` names. Use it as a context manager.
+    """
+    from mstkd.track.mlflow_tracker import open_mlflow  # MLflow takes seconds to import: rank 0 alone pays
+
+    tracker = CompositeTracker([JsonlTracker(run_dir / "metrics.jsonl", attempt), *open_mlflow(config, run_dir, dataset)])
+    tracker.set_tags({"method": config.method["name"], "attempt": attempt, "data_digest": dataset["digest"], **tags})
+    return tracker

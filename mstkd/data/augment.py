@@ -1,0 +1,69 @@
+"""Augmentation, a function of the item: geometry before the normalisation, intensity after it."""
+
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+from torch.nn import functional
+
+from mstkd.config import AugmentConfig
+from mstkd.data.sample import Sample
+
+
+def augment_geometry(sample: Sample, config: AugmentConfig, draws: np.random.Generator) -> Sample:
+    """Flips, rotation and zoom about the crop's centre, alike for image (trilinear), brain and label (nearest).
+
+    `sample` is a z-scored float32 crop, so that the 0 drawn in from outside is the brain's mean.
+    """
+    flips = draws.random(3) < config.flip_prob
+    angles_deg = draws.uniform(-config.rotate_deg, config.rotate_deg, 3)
+    zoom = 1 + draws.uniform(-config.zoom, config.zoom)
+    axes = tuple(int(axis) - 3 for axis in np.flatnonzero(flips))
+    if axes:
+        sample = _each(sample, lambda volume, mode: np.ascontiguousarray(np.flip(volume, axes)))
+    if config.rotate_deg or config.zoom:
+        grid = _grid(angles_deg, zoom, sample.brain.shape, sample.meta.spacing_mm)
+        sample = _each(sample, lambda volume, mode: _resample(volume, grid, mode))
+    return sample
+
+
+def augment_intensity(
+    image: np.ndarray, brain: np.ndarray, present: np.ndarray, config: AugmentConfig, draws: np.random.Generator
+) -> np.ndarray:
+    """Scale, shift and noise on the brain voxels of the present sequences of a normalised image (M, X, Y, Z) float32.
+
+    `brain` (X, Y, Z), non-zero inside; `present` (M,) bool. Scale and shift are drawn per sequence.
+    """
+    if not (config.intensity_scale or config.intensity_shift or config.noise_std):
+        return image
+    per_sequence = (len(image), 1, 1, 1)
+    scale = 1 + draws.uniform(-config.intensity_scale, config.intensity_scale, per_sequence)
+    shift = draws.uniform(-config.intensity_shift, config.intensity_shift, per_sequence)
+    changed = image * scale.astype(np.float32) + shift.astype(np.float32)
+    if config.noise_std:
+        changed += np.float32(config.noise_std) * draws.standard_normal(image.shape, dtype=np.float32)
+    inside = np.asarray(brain, dtype=bool) & present[:, None, None, None]
+    return np.where(inside, changed, image)
+
+
+def _each(sample: Sample, change) -> Sample:
+    return Sample(
+        image=change(sample.image, "bilinear"),
+        brain=change(sample.brain, "nearest"),
+        label=None if sample.label is None else change(sample.label, "nearest"),
+        meta=sample.meta,
+    )
+
+
+def _grid(angles_deg: np.ndarray, zoom: float, shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> torch.Tensor:
+    """(1, X, Y, Z, 3): per output voxel its place in the input, in torch's normalised coordinates (last axis first)."""
+    extent_mm = np.multiply(shape, spacing_mm)
+    rotation = Rotation.from_euler("xyz", angles_deg, degrees=True).as_matrix()
+    matrix = rotation * extent_mm[None, :] / extent_mm[:, None] / zoom  # a rotation in mm, not in voxels
+    theta = np.pad(matrix[::-1, ::-1], ((0, 0), (0, 1)))
+    return functional.affine_grid(torch.from_numpy(theta).float()[None], [1, 1, *shape], align_corners=False)
+
+
+def _resample(volume: np.ndarray, grid: torch.Tensor, mode: str) -> np.ndarray:
+    channels = torch.from_numpy(volume.astype(np.float32, copy=False)).reshape(1, -1, *volume.shape[-3:])
+    moved = functional.grid_sample(channels, grid, mode=mode, padding_mode="zeros", align_corners=False)
+    return moved.reshape(volume.shape).numpy().astype(volume.dtype, copy=False)

@@ -1,0 +1,57 @@
+"""The order of training: a function of (seed, epoch) alone, never of ranks or workers."""
+
+from collections.abc import Sequence
+
+from mstkd.data.sample import Item, rng
+from mstkd.errors import UserError
+
+
+class Order:
+    """The endless concatenation of per-epoch permutations of the training items.
+
+    Per epoch the tars are permuted and the subjects shuffled inside windows of `window` tars, so that a cache of a
+    few tars serves the reader. A set with `repeat` r has each of its tars visited r times per epoch.
+    """
+
+    def __init__(self, sets: Sequence[Sequence[Sequence[str]]], repeats: Sequence[int], seed: int, window: int):
+        """`sets[s][t]` lists the training subjects in tar t of shard set s. Raises UserError if there is none."""
+        self._visits = [
+            (source, repeat, tuple(tar))
+            for source, tars in enumerate(sets)
+            for repeat in range(repeats[source])
+            for tar in tars
+            if tar
+        ]
+        self.items_per_epoch = sum(len(tar) for _, _, tar in self._visits)
+        if not self.items_per_epoch:
+            raise UserError("data.shards: no training subject is left; see splits.json of the shard set and data.fold")
+        self._seed, self._window = seed, window
+        self._latest: tuple[int, list[Item]] = (-1, [])  # positions are read in ascending order: one epoch is enough
+
+    def epoch(self, epoch: int) -> list[Item]:
+        """The items of one epoch, in order."""
+        if self._latest[0] != epoch:
+            self._latest = (epoch, self._permutation(epoch))
+        return self._latest[1]
+
+    def item(self, position: int) -> Item:
+        """The item at a position of the endless stream."""
+        epoch, place = divmod(position, self.items_per_epoch)
+        return self.epoch(epoch)[place]
+
+    def global_batch(self, step: int, size: int) -> list[Item]:
+        """The items of step `step` at global batch `size`: positions [step * size, (step + 1) * size)."""
+        return [self.item(position) for position in range(step * size, (step + 1) * size)]
+
+    def _permutation(self, epoch: int) -> list[Item]:
+        draws = rng(self._seed, epoch, "order")
+        visits = [self._visits[i] for i in draws.permutation(len(self._visits))]
+        items = []
+        for start in range(0, len(visits), self._window):
+            window = [
+                Item(epoch, source, subject, repeat)
+                for source, repeat, tar in visits[start : start + self._window]
+                for subject in tar
+            ]
+            items += [window[i] for i in draws.permutation(len(window))]
+        return items

@@ -1,0 +1,75 @@
+"""What a run trains on: shard sets that agree, the training subjects of the fold, and their order."""
+
+import logging
+from dataclasses import dataclass
+
+from mstkd.config import DataConfig
+from mstkd.data.order import Order
+from mstkd.data.store import ShardStore
+from mstkd.errors import UserError
+from mstkd.shards.spec import LABEL, SubjectEntry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainingSet:
+    """Opened shard sets and the order of their training items; equal on every rank."""
+
+    stores: list[ShardStore]
+    order: Order
+    seed: int
+    dropped: list[str]  # training subjects left out: a sequence or the label is missing
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """Sequence names in channel order."""
+        return self.stores[0].index.sequences
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every item has a label."""
+        return self.stores[0].index.label_scheme is not None
+
+
+def open_stores(config: DataConfig) -> list[ShardStore]:
+    """The shard sets of a recipe. Raises UserError if they differ in sequences or label scheme."""
+    stores = [ShardStore(shards.path, config.cache_dir, config.cache_gib) for shards in config.shards]
+    first = stores[0]
+    for store in stores[1:]:
+        for fact in ("sequences", "label_scheme"):
+            ours, theirs = getattr(first.index, fact), getattr(store.index, fact)
+            if ours != theirs:
+                raise UserError(f"data.shards: {store.folder} has {fact} {theirs}, {first.folder} has {ours}; mixed sets must agree")
+    return stores
+
+
+def open_training(config: DataConfig, seed: int, complete_only: bool) -> TrainingSet:
+    """The training set of a recipe's `data:` section.
+
+    Subjects without a label in a labelled set, and with `complete_only` those that lack a sequence, are dropped,
+    counted and logged. Raises UserError on a wrong folder, fold or mixture, or if no subject is left.
+    """
+    stores = open_stores(config)
+    sets, dropped = [], []
+    for store in stores:
+        chosen = _training_subjects(store, config.fold)
+        usable = {key for key in chosen if _usable(store.subjects[key], store, complete_only)}
+        dropped += sorted(chosen - usable)
+        sets.append([[entry.subject for entry in tar.subjects if entry.subject in usable] for tar in store.index.shards])
+    if dropped:
+        log.warning("%d training subjects dropped, a sequence or the label is missing: %s", len(dropped), ", ".join(dropped))
+    order = Order(sets, [shards.repeat for shards in config.shards], seed, config.shuffle_window)
+    return TrainingSet(stores, order, seed, dropped)
+
+
+def _training_subjects(store: ShardStore, fold: int) -> set[str]:
+    chosen = set(store.fold(fold).train)
+    if unknown := sorted(chosen - store.subjects.keys()):
+        raise UserError(f"{store.folder / 'splits.json'}: fold {fold} names {unknown[0]}, which is not in index.json")
+    return chosen
+
+
+def _usable(entry: SubjectEntry, store: ShardStore, complete_only: bool) -> bool:
+    labelled = store.index.label_scheme is None or LABEL in entry.members
+    return labelled and (not complete_only or set(entry.sequences) == set(store.index.sequences))

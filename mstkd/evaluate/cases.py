@@ -1,0 +1,123 @@
+"""Scoring cases: every subset in one pass over the data, cases shared out over ranks."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch.distributed as dist
+from nibabel.affines import voxel_sizes
+from numpy.typing import NDArray
+
+from mstkd.config import EvaluateConfig
+from mstkd.errors import UserError
+from mstkd.evaluate.inference import Predictor, evaluation_mode
+from mstkd.evaluate.metrics import Reference, dice, region_masks
+from mstkd.evaluate.scenarios import Subset, subset_name
+from mstkd.evaluate.scoring import Score, score
+from mstkd.evaluate.source import CaseSource
+from mstkd.shards.spec import LabelScheme, SubjectMeta
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One score: a network on a case, given a subset, in a region."""
+
+    network: str
+    subject: str
+    subset: str
+    region: str
+    score: Score
+
+
+def diagonal_mm(meta: SubjectMeta) -> float:
+    """Length of the image's diagonal on its original grid."""
+    return float(np.linalg.norm(np.asarray(meta.original_shape) * voxel_sizes(np.asarray(meta.original_affine))))
+
+
+def references(label: NDArray[np.uint8], scheme: LabelScheme, spacing_mm: tuple[float, ...], diagonal_mm: float) -> dict[str, Reference]:
+    """The truth of every region of a label map (X, Y, Z)."""
+    return {region: Reference(mask, spacing_mm, diagonal_mm) for region, mask in region_masks(label, scheme).items()}
+
+
+def score_labels(
+    truth: dict[str, Reference], labels: NDArray[np.uint8], scheme: LabelScheme, options: EvaluateConfig | None
+) -> dict[str, Score]:
+    """Scores per region of a predicted label map (X, Y, Z) in `scheme`."""
+    masks = region_masks(labels, scheme)
+    return {region: score(reference, masks[region], options) for region, reference in truth.items()}
+
+
+def score_subjects(
+    predictor: Predictor,
+    networks: Sequence[str],
+    source: CaseSource,
+    subjects: Sequence[str],
+    subsets: Sequence[Subset],
+    scheme: LabelScheme,
+    options: EvaluateConfig | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Row]:
+    """Rows of every subject x network x subset x region, the same on every rank and for any number of ranks.
+
+    `scheme` is the one the method predicts in; the truth is read in the source's own. A subset is left out for a
+    case that lacks one of its sequences. Without `options` Dice alone. Collective with several ranks.
+    """
+    _check_regions(scheme, source)
+    own = list(enumerate(subjects))[rank::world]
+    with evaluation_mode(predictor.method):
+        scored = []
+        for number, key in own:
+            scored.append((number, _score_case(predictor, networks, source, key, subsets, scheme, options)))
+            log.info("scored %s (%d of %d)", key, number + 1, len(subjects))
+    if world > 1:
+        parts: list = [None] * world
+        dist.all_gather_object(parts, scored)
+        scored = sorted((case for part in parts for case in part), key=lambda case: case[0])
+    return [row for _, rows in scored for row in rows]
+
+
+def whole_brain_baseline(source: CaseSource, subjects: Sequence[str]) -> dict[str, float | int | None]:
+    """Dice of WT, over cases that have a tumour, when the whole brain is called tumour: the floor to beat."""
+    scores = []
+    for key in subjects:
+        sample = source.subject(key)
+        truth = region_masks(sample.label, source.label_scheme)["WT"]
+        if truth.any():
+            scores.append(dice(sample.brain > 0, truth))
+    return {"dice_nonempty": float(np.mean(scores)) if scores else None, "n_nonempty": len(scores)}
+
+
+def labelled(source: CaseSource, key: str) -> NDArray[np.uint8]:
+    """The truth (X, Y, Z) of a case; UserError if it has none."""
+    label = source.subject(key).label
+    if label is None:
+        raise UserError(f"subject {key} of data set {source.dataset} has no label; it cannot be scored")
+    return label
+
+
+def _check_regions(scheme: LabelScheme, source: CaseSource) -> None:
+    if source.label_scheme is None:
+        raise UserError(f"data set {source.dataset} has no labels; there is nothing to score against")
+    if set(scheme.regions) != set(source.label_scheme.regions):
+        raise UserError(f"label scheme {source.label_scheme.name} of data set {source.dataset} has other regions than {scheme.name} of the run")
+
+
+def _score_case(predictor, networks, source, key, subsets, scheme, options) -> list[Row]:
+    sample = source.subject(key)
+    truth = references(labelled(source, key), source.label_scheme, sample.meta.spacing_mm, diagonal_mm(sample.meta))
+    volume = predictor.volume(sample.image, sample.brain, sample.meta)
+    rows = []
+    for network in networks:
+        for subset in _possible(subsets, volume.present):
+            scores = score_labels(truth, predictor.labels(network, volume, subset), scheme, options)
+            name = subset_name(predictor.sequences, subset)
+            rows += [Row(network, key, name, region, scores[region]) for region in scheme.regions]
+    return rows
+
+
+def _possible(subsets: Sequence[Subset], present: Subset) -> list[Subset]:
+    return [subset for subset in subsets if all(here or not asked for asked, here in zip(subset, present, strict=True))]

@@ -1,0 +1,133 @@
+"""Pictures of an evaluation. Slices are shown in radiological convention: the patient's right is on the left."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from mstkd.shards.spec import LabelScheme
+
+REGION_COLOURS = {"WT": "#2ca02c", "TC": "#f2d21b", "ET": "#e02020"}  # of the value each leaves when painted
+OPACITY = 0.6
+
+
+@dataclass(frozen=True)
+class CasePicture:
+    """A case to show; volumes (X, Y, Z) RAS+."""
+
+    title: str
+    background: NDArray  # one sequence, any units
+    truth: NDArray[np.uint8]  # in `truth_scheme`
+    truth_scheme: LabelScheme
+    predictions: dict[str, NDArray[np.uint8]]  # by subset name, in `scheme`
+    scheme: LabelScheme
+    spacing_mm: tuple[float, float, float]
+
+
+def heat_map(summary: dict[str, Any], title: str, path: Path) -> None:
+    """Dice in per cent, one row per subset (and their mean), one column per region."""
+    regions = list(summary["mean"])
+    rows = {**summary["subsets"], "mean": summary["mean"]}
+    values = np.array([[100 * cells[region]["dice"] for region in regions] for cells in rows.values()])
+    figure = Figure(figsize=(2.6 + 0.9 * len(regions), 1.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(len(regions)), regions)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.axhline(len(rows) - 1.5, color="white", linewidth=2)
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="black" if value > 60 else "white")
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, label="Dice %", shrink=0.6)
+    figure.savefig(path, dpi=130)
+
+
+def montage(cases: Sequence[CasePicture], subset: str, path: Path) -> None:
+    """Rows: cases. Columns: truth and the prediction from `subset` in an axial, a coronal and a sagittal slice."""
+    figure = Figure(figsize=(13, 2.6 * len(cases)), layout="constrained", facecolor="white")
+    grid = figure.subplots(len(cases), 6, squeeze=False)
+    for row, case in zip(grid, cases, strict=True):
+        for axis, name in ((2, "axial"), (1, "coronal"), (0, "sagittal")):
+            pair = row[2 * (2 - axis) : 2 * (2 - axis) + 2]
+            position = _fullest_slice(case, axis)
+            _draw(pair[0], case, case.truth, case.truth_scheme, axis, position)
+            _draw(pair[1], case, case.predictions[subset], case.scheme, axis, position)
+            pair[0].set_title(f"{name}: truth", fontsize=9)
+            pair[1].set_title(f"{name}: predicted", fontsize=9)
+        row[0].set_ylabel(case.title, fontsize=9)
+    _legend(figure, cases[0].scheme)
+    figure.savefig(path, dpi=110)
+
+
+def qualitative(cases: Sequence[CasePicture], path: Path) -> None:
+    """Rows: cases. Columns: the prediction from each of the cases' subsets, and the truth; one axial slice."""
+    subsets = list(cases[0].predictions)
+    columns = len(subsets) + 1
+    figure = Figure(figsize=(2.4 * columns, 2.6 * len(cases)), layout="constrained", facecolor="white")
+    grid = figure.subplots(len(cases), columns, squeeze=False)
+    for row, case in zip(grid, cases, strict=True):
+        position = _fullest_slice(case, 2)
+        for axes, name in zip(row, subsets):
+            _draw(axes, case, case.predictions[name], case.scheme, 2, position)
+            axes.set_title(name, fontsize=9)
+        _draw(row[-1], case, case.truth, case.truth_scheme, 2, position)
+        row[-1].set_title("truth", fontsize=9)
+        row[0].set_ylabel(case.title, fontsize=9)
+    _legend(figure, cases[0].scheme)
+    figure.savefig(path, dpi=110)
+
+
+def colours(scheme: LabelScheme) -> dict[str, tuple[int, str]]:
+    """Region -> (label value it leaves when painted, colour)."""
+    table = matplotlib.colormaps["tab20"]
+    return {
+        region: (value, REGION_COLOURS.get(region, matplotlib.colors.to_hex(table(number % 20))))
+        for number, (region, value) in enumerate(scheme.paint.items())
+    }
+
+
+def _fullest_slice(case: CasePicture, axis: int) -> int:
+    """Where the truth is largest; without any, where the predictions are; else the middle."""
+    others = tuple(other for other in range(3) if other != axis)
+    for labels in (case.truth, *case.predictions.values()):
+        area = np.count_nonzero(labels, axis=others)
+        if area.any():
+            return int(area.argmax())
+    return case.truth.shape[axis] // 2
+
+
+def _draw(axes, case: CasePicture, labels: NDArray[np.uint8], scheme: LabelScheme, axis: int, position: int) -> None:
+    picture = _oriented(case.background, axis, position).astype(np.float32)
+    low, high = np.percentile(picture, (1, 99.5))
+    plane = [n for n in range(3) if n != axis]
+    aspect = case.spacing_mm[plane[1]] / case.spacing_mm[plane[0]]
+    axes.imshow(picture, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)
+    flat = _oriented(labels, axis, position)
+    overlay = np.zeros((*flat.shape, 4))
+    for value, colour in colours(scheme).values():
+        overlay[flat == value] = to_rgba(colour, OPACITY)
+    axes.imshow(overlay, origin="lower", aspect=aspect, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _oriented(volume: NDArray, axis: int, position: int) -> NDArray:
+    """A slice with rows upwards: superior or anterior up; patient's right, or in sagittal slices anterior, on the left."""
+    return np.take(volume, position, axis=axis)[::-1].T
+
+
+def _legend(figure: Figure, scheme: LabelScheme) -> None:
+    named = colours(scheme)
+    if set(named) == set(REGION_COLOURS):
+        words = {"WT": "oedema", "TC": "core", "ET": "enhancing"}
+        handles = [matplotlib.patches.Patch(color=colour, label=f"{words[region]} ({value})") for region, (value, colour) in named.items()]
+    else:
+        handles = [matplotlib.patches.Patch(color=colour, label=region) for region, (_, colour) in named.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 9), fontsize=9, frameon=False)

@@ -1,0 +1,99 @@
+"""`report.html`: tables, figures and conventions in one file that needs nothing else."""
+
+import base64
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mstkd.evaluate import figures
+from mstkd.evaluate.cases import Row, labelled
+from mstkd.evaluate.figures import CasePicture
+from mstkd.evaluate.inference import Predictor, evaluation_mode
+from mstkd.evaluate.scenarios import Subset, subset_name
+from mstkd.evaluate.source import CaseSource
+from mstkd.evaluate.summary import millimetres, percent
+from mstkd.shards.spec import LabelScheme
+
+TUMOUR_SCENARIOS = (("flair", "t1", "t1ce", "t2"), ("flair", "t1ce", "t2"), ("flair", "t1ce"), ("flair",))
+
+
+def shown_subsets(sequences: Sequence[str]) -> list[Subset]:
+    """The subsets of the qualitative figure, from all sequences down to one."""
+    tumour = set(TUMOUR_SCENARIOS[0]) == set(sequences)
+    given = TUMOUR_SCENARIOS if tumour else [sequences[:count] for count in range(len(sequences), 0, -1)]
+    return [tuple(name in names for name in sequences) for names in given]
+
+
+def best_median_worst(rows: Sequence[Row]) -> dict[str, str]:
+    """"best", "median", "worst" -> subject, by the mean Dice over subsets and regions; fewer for fewer cases."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        scores.setdefault(row.subject, []).append(row.score.dice)
+    if not scores:
+        return {}
+    ranked = sorted(scores, key=lambda subject: (-np.mean(scores[subject]), subject))
+    chosen = {"best": ranked[0], "worst": ranked[-1], "median": ranked[len(ranked) // 2]}
+    distinct: dict[str, str] = {}
+    for rank in ("best", "worst", "median"):
+        if chosen[rank] not in distinct.values():
+            distinct[rank] = chosen[rank]
+    return {rank: distinct[rank] for rank in ("best", "median", "worst") if rank in distinct}
+
+
+def case_pictures(
+    predictor: Predictor, network: str, source: CaseSource, chosen: dict[str, str], scheme: LabelScheme
+) -> list[CasePicture]:
+    """The chosen cases, which must have every sequence, with their predictions."""
+    pictures = []
+    with evaluation_mode(predictor.method):
+        for rank, subject in chosen.items():
+            sample = source.subject(subject)
+            volume = predictor.volume(sample.image, sample.brain, sample.meta)
+            predictions = {}
+            for subset in shown_subsets(predictor.sequences):
+                predictions[subset_name(predictor.sequences, subset)] = predictor.labels(network, volume, subset)
+            black = sample.image[0].min()
+            pictures.append(
+                CasePicture(
+                    title=f"{rank}\n{subject}",
+                    background=np.where(sample.brain, sample.image[0], black),
+                    truth=labelled(source, subject),
+                    truth_scheme=source.label_scheme,
+                    predictions=predictions,
+                    scheme=scheme,
+                    spacing_mm=sample.meta.spacing_mm,
+                )
+            )
+    return pictures
+
+
+def draw_figures(folder: Path, summaries: dict[str, dict[str, Any]], cases: Sequence[CasePicture]) -> dict[str, Path]:
+    """Write the PNG files; returns caption -> path."""
+    drawn = {}
+    for network, summary in summaries.items():
+        path = folder / f"heat_map_{network}.png"
+        figures.heat_map(summary, f"{network}: Dice by given sequences", path)
+        drawn[f"Dice of the {network} by given sequences"] = path
+    if not cases:
+        return drawn
+    everything = next(iter(cases[0].predictions))
+    figures.montage(cases, everything, folder / "cases.png")
+    figures.qualitative(cases, folder / "qualitative.png")
+    drawn[f"Best, median and worst case, {everything} given (patient's right on the left)"] = folder / "cases.png"
+    drawn["The same cases as sequences go missing"] = folder / "qualitative.png"
+    return drawn
+
+
+def write_report(path: Path, title: str, facts: dict[str, str], summaries: dict[str, dict[str, Any]], drawn: dict[str, Path]) -> None:
+    """One self-contained HTML file; `facts` are shown at its top."""
+    environment = Environment(loader=PackageLoader("mstkd.evaluate", "."), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"percent": percent, "millimetres": millimetres}
+    images = {caption: base64.b64encode(file.read_bytes()).decode() for caption, file in drawn.items()}
+    html = environment.get_template("report.html.j2").render(title=title, facts=facts, summaries=summaries, images=images)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(html)
+    os.replace(partial, path)

@@ -1,0 +1,188 @@
+"""`mstkd evaluate`: a run on a split of shard sets, or label maps against label maps."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from mstkd.config import EvaluateConfig
+from mstkd.data.store import ShardStore
+from mstkd.errors import UserError
+from mstkd.evaluate.cases import Row, references, score_labels, score_subjects, whole_brain_baseline
+from mstkd.evaluate.metrics import bounding_box
+from mstkd.evaluate.overlap import overlap_with_training, refuse
+from mstkd.evaluate.report import best_median_worst, case_pictures, draw_figures, write_report
+from mstkd.evaluate.scenarios import all_subsets
+from mstkd.evaluate.scoring import conventions
+from mstkd.evaluate.source import CaseSource
+from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
+from mstkd.evaluate.weights import TrainedRun, open_run
+from mstkd.shards.dataset import DatasetSpec, load_spec
+from mstkd.shards.preprocess import AFFINE_TOLERANCE_MM, read_volume
+from mstkd.shards.spec import LabelScheme
+
+
+def evaluate_run(
+    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, rank: int = 0, world: int = 1
+) -> dict[str, Any]:
+    """Score a run's best weights for every subset of sequences and write `<run>/evaluation/`; returns summary.json.
+
+    `data` is another shard set than the run's own. Raises UserError: no run, no such split, other sequences or
+    regions, cases that training saw (unless `allow_overlap` or the recipe's `data.allow_overlap`). Collective with
+    several ranks; rank 0 writes.
+    """
+    run = open_run(run_dir)
+    source = CaseSource([ShardStore(data)]) if data else run.source
+    subjects = source.subjects(split, run.config.data.fold)
+    _check_data(run, source, split, subjects)
+    notes = conventions(run.config.evaluate) | _overlap_note(run, source, split, allow_overlap)
+    predictor, scheme = run.predictor(), run.source.label_scheme
+    networks = _networks(run)
+    subsets = all_subsets(source.sequences)
+    rows = score_subjects(predictor, networks, source, subjects, subsets, scheme, run.config.evaluate, rank, world)
+    name, fold = run.config.method["name"], run.config.data.fold
+    summaries = {n: summarise([row for row in rows if row.network == n], source.sequences, name, split, fold, notes) for n in networks}
+    if rank == 0:
+        folder = _folder(run, source, split)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_scores(folder, rows, summaries)
+        facts = _facts(run, source, split, subjects, _write_baseline(folder, source, subjects))
+        complete = set(source.complete(subjects))
+        chosen = best_median_worst([row for row in rows if row.network == networks[0] and row.subject in complete])
+        pictures = case_pictures(predictor, networks[0], source, chosen, scheme)
+        write_report(folder / "report.html", f"Evaluation of {run.config.name}", facts, summaries, draw_figures(folder, summaries, pictures))
+        for network, summary in summaries.items():
+            print_table(summary, f"{run.config.name}, {network}, {split} split of {source.dataset}, {len(subjects)} cases")
+        Console().print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return summaries[networks[0]]
+
+
+def evaluate_predictions(
+    pred_dir: Path, ref_dir: Path, spec_name: str, out: Path, options: EvaluateConfig | None = None
+) -> dict[str, Any]:
+    """Score label maps <subject>.nii.gz in `pred_dir` against the truth in `ref_dir`, on the files' own grid.
+
+    The truth is a data set in the spec's layout, or label maps <subject>.nii.gz. What `mstkd predict` noted in
+    predictions.json names the subset; without it the subset is "given". Writes per_case.csv and summary.json to
+    `out` and returns the summary. Raises UserError: nothing to score, no truth for a prediction, another grid,
+    label values outside the spec's scheme.
+    """
+    options, spec = options or EvaluateConfig(), load_spec(spec_name)
+    if spec.scheme is None:
+        raise UserError(f"spec {spec_name}: declares no label scheme; there is nothing to score")
+    predictions = _label_maps(Path(pred_dir))
+    if not predictions:
+        raise UserError(f"{pred_dir}: no predictions; expected <subject>.nii.gz")
+    noted = Path(pred_dir) / "predictions.json"
+    subsets = json.loads(noted.read_text()) if noted.is_file() else {}
+    truths = _truths(Path(ref_dir), spec, predictions)
+    rows = []
+    for subject, path in predictions.items():
+        if subject not in truths:
+            raise UserError(f"{path}: no truth for subject {subject} in {ref_dir}")
+        for region, score in _score_files(path, truths[subject], spec.scheme, options).items():
+            rows.append(Row("predictions", subject, subsets.get(subject, "given"), region, score))
+    notes = conventions(options) | {"cases": f"{len(predictions)} predictions scored; {len(truths)} subjects have a truth"}
+    summary = summarise(rows, list(spec.sequences), None, "given", None, notes)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    _write_scores(Path(out), rows, {"predictions": summary})
+    print_table(summary, f"{pred_dir} against {ref_dir}")
+    return summary
+
+
+def _label_maps(folder: Path) -> dict[str, Path]:
+    return {path.name.removesuffix(".nii.gz"): path for path in sorted(folder.glob("*.nii.gz"))}
+
+
+def _truths(ref_dir: Path, spec: DatasetSpec, subjects: Iterable[str]) -> dict[str, Path]:
+    """Subject -> its true label map: <subject>.nii.gz if such files are there, else as the spec says."""
+    maps = _label_maps(ref_dir)
+    if any(subject in maps for subject in subjects):
+        return maps
+    return {case.subject: case.label for case in spec.find_cases(ref_dir, require_complete=False) if case.label}
+
+
+def _score_files(prediction: Path, truth: Path, scheme: LabelScheme, options: EvaluateConfig) -> dict[str, Any]:
+    (predicted, own_affine), (true, affine) = _read_labels(prediction, scheme), _read_labels(truth, scheme)
+    if predicted.shape != true.shape or not np.allclose(own_affine, affine, rtol=0, atol=AFFINE_TOLERANCE_MM):
+        raise UserError(f"{prediction}: its grid (shape or affine) differs from that of {truth}; predict on the original grid")
+    spacing_mm = tuple(nib.affines.voxel_sizes(affine).tolist())
+    diagonal_mm = float(np.linalg.norm(np.multiply(true.shape, spacing_mm)))
+    either = (predicted > 0) | (true > 0)
+    box = bounding_box(either) if either.any() else (slice(1),) * 3  # outside it both are background
+    return score_labels(references(true[box], scheme, spacing_mm, diagonal_mm), predicted[box], scheme, options)
+
+
+def _read_labels(path: Path, scheme: LabelScheme) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    labels, affine = read_volume(path)
+    strange = [f"{value:g}" for value in np.unique(labels) if value not in scheme.values]
+    if strange:
+        raise UserError(f"{path}: label values {', '.join(strange[:5])} are outside scheme {scheme.name}; check --spec")
+    return labels.astype(np.uint8), affine
+
+
+def _check_data(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str]) -> None:
+    if not subjects:
+        raise UserError(f"split {split} of data set {source.dataset} is empty; choose another --split")
+    if source.sequences != run.source.sequences:
+        theirs, ours = ", ".join(source.sequences), ", ".join(run.source.sequences)
+        raise UserError(f"data set {source.dataset} has sequences {theirs}; the run was trained on {ours}, in that order")
+
+
+def _overlap_note(run: TrainedRun, source: CaseSource, split: str, allowed: bool) -> dict[str, str]:
+    found = overlap_with_training(run.source.stores, run.config.data.fold, source.stores, split)
+    if not (allowed or run.config.data.allow_overlap):
+        refuse(found, split)
+    if not found:
+        return {}
+    return {"overlap": f"ALLOWED OVERLAP: {len({other for _, other, _ in found})} of these cases were seen in training; the figures are optimistic"}
+
+
+def _networks(run: TrainedRun) -> list[str]:
+    wanted = run.config.evaluate.networks
+    unknown = sorted(set(wanted or ()) - set(run.networks))
+    if unknown:
+        raise UserError(f"evaluate.networks: {unknown[0]!r} is not trained or not scored; choose from {', '.join(run.networks)}")
+    return [name for name in run.networks if wanted is None or name in wanted]
+
+
+def _folder(run: TrainedRun, source: CaseSource, split: str) -> Path:
+    """evaluation/ for the run's own test split, evaluation/<data>-<split>/ for anything else."""
+    own = [store.folder.resolve() for store in run.source.stores]
+    here = [store.folder.resolve() for store in source.stores]
+    folder = run.folder / "evaluation"
+    return folder if own == here and split == "test" else folder / f"{'+'.join(path.name for path in here)}-{split}"
+
+
+def _write_scores(folder: Path, rows: Sequence[Row], summaries: dict[str, dict[str, Any]]) -> None:
+    write_rows(folder / "per_case.csv", rows)
+    for number, (network, summary) in enumerate(summaries.items()):
+        write_json(folder / (f"summary_{network}.json" if number else "summary.json"), summary)
+
+
+def _write_baseline(folder: Path, source: CaseSource, subjects: Sequence[str]) -> dict[str, Any] | None:
+    """Where there are tumours: baseline.json, the Dice of calling the whole brain tumour."""
+    if "WT" not in source.label_scheme.regions:
+        return None
+    baseline = whole_brain_baseline(source, subjects)
+    write_json(folder / "baseline.json", {"whole_brain": {"WT": baseline}})
+    return baseline
+
+
+def _facts(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], baseline: dict[str, Any] | None) -> dict[str, str]:
+    facts = {
+        "method": run.config.method["name"],
+        "data": f"{source.dataset}, {split} split, {len(subjects)} cases",
+        "trained on": f"{run.source.dataset}, fold {run.config.data.fold}",
+        "window": f"{' x '.join(map(str, run.config.inference.window or run.config.data.crop))} voxels, overlap {run.config.inference.overlap:g}",
+    }
+    if baseline:
+        text = f"WT Dice {percent(baseline['dice_nonempty'])} % (non-empty) if the whole brain were called tumour"
+        Console().print(f"baseline: {text}", highlight=False)
+        facts["floor"] = text
+    return facts

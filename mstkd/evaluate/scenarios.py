@@ -1,0 +1,32 @@
+"""Which sequences are given: every non-empty subset, in one order, under one name.
+
+Results are keyed by subset name, never by position: papers and released code list the subsets in different orders.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+from mstkd.errors import UserError
+
+Subset = tuple[bool, ...]  # per sequence in the data set's order, True = given
+
+
+def all_subsets(sequences: Sequence[str]) -> list[Subset]:
+    """The 2^M - 1 non-empty subsets of `sequences`, by size, then in the data set's order."""
+    count = len(sequences)
+    chosen = (c for size in range(1, count + 1) for c in combinations(range(count), size))
+    return [tuple(i in c for i in range(count)) for c in chosen]
+
+
+def subset_name(sequences: Sequence[str], subset: Subset) -> str:
+    """Names of the given sequences joined by "+", e.g. "flair+t1ce"."""
+    return "+".join(name for name, given in zip(sequences, subset, strict=True) if given)
+
+
+def parse_subset(name: str, sequences: Sequence[str]) -> Subset:
+    """The subset called `name`; raises UserError on an unknown or repeated sequence."""
+    wanted = name.split("+")
+    unknown = [part for part in wanted if part not in sequences]
+    if unknown or len(set(wanted)) != len(wanted):
+        raise UserError(f"subset {name!r}: join different ones of {', '.join(sequences)} by '+', e.g. {'+'.join(sequences[:2])}")
+    return tuple(sequence in wanted for sequence in sequences)

@@ -1,0 +1,59 @@
+"""The cases of one or several shard sets, under one roof."""
+
+from collections.abc import Sequence
+
+from mstkd.data.sample import Sample
+from mstkd.data.store import ShardStore
+from mstkd.errors import UserError
+from mstkd.shards.spec import LABEL_SCHEMES, LabelScheme
+
+SPLITS = ("test", "val", "train", "all")
+
+
+class CaseSource:
+    """Whole stored cases by subject key, from sets that agree in sequences and label scheme."""
+
+    def __init__(self, stores: Sequence[ShardStore]):
+        """Raises UserError if two sets hold the same subject key."""
+        self.stores = list(stores)
+        self._store_of: dict[str, ShardStore] = {}
+        for store in self.stores:
+            for subject in store.subjects:
+                if subject in self._store_of:
+                    raise UserError(f"subject {subject} is in {self._store_of[subject].folder} and in {store.folder}; subject keys must differ between sets")
+                self._store_of[subject] = store
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        return self.stores[0].index.sequences
+
+    @property
+    def label_scheme(self) -> LabelScheme | None:
+        name = self.stores[0].index.label_scheme
+        return LABEL_SCHEMES[name] if name else None
+
+    @property
+    def dataset(self) -> str:
+        """Names of the data sets, joined by "+"."""
+        return "+".join(store.index.dataset for store in self.stores)
+
+    def subject(self, key: str) -> Sample:
+        """One stored case."""
+        return self._store_of[key].subject(key)
+
+    def subjects(self, split: str, fold: int = 0) -> list[str]:
+        """Keys of a split: "test", "val" or "train" of the fold, or "all". Raises UserError if there is no such split."""
+        return [key for store in self.stores for key in split_subjects(store, split, fold)]
+
+    def complete(self, subjects: Sequence[str]) -> list[str]:
+        """Those of `subjects` that have every sequence."""
+        return [key for key in subjects if set(self._store_of[key].subjects[key].sequences) == set(self.sequences)]
+
+
+def split_subjects(store: ShardStore, split: str, fold: int = 0) -> tuple[str, ...]:
+    """Keys of one set's split. Raises UserError if there is no such split."""
+    if split not in SPLITS:
+        raise UserError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+    if split == "all":
+        return tuple(store.subjects)
+    return store.splits.test if split == "test" else getattr(store.fold(fold), split)

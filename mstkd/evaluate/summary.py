@@ -1,0 +1,118 @@
+"""From rows to `per_case.csv`, `summary.json` and the table in the terminal."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from mstkd.evaluate.cases import Row
+from mstkd.evaluate.scenarios import all_subsets, subset_name
+from mstkd.evaluate.scoring import Score
+
+COUNTS = ("n", "n_nonempty", "false_positive_cases", "hd95_n", "missed")
+
+
+def summarise(
+    rows: Sequence[Row], sequences: Sequence[str], method: str | None, split: str, fold: int | None, conventions: dict[str, str]
+) -> dict[str, Any]:
+    """The content of `summary.json` for the rows of one network; subsets of `sequences` in their usual order.
+
+    Fractions are 0..1, distances mm; a mean over no case is None.
+    """
+    cells: dict[str, dict[str, list[Score]]] = {}
+    for row in rows:
+        cells.setdefault(row.subset, {}).setdefault(row.region, []).append(row.score)
+    usual = [subset_name(sequences, subset) for subset in all_subsets(sequences)]
+    order = [name for name in usual if name in cells] + [name for name in cells if name not in usual]
+    subsets = {name: {region: _cell(scores) for region, scores in cells[name].items()} for name in order}
+    regions = dict.fromkeys(row.region for row in rows)
+    mean = {region: _mean_cell([subset[region] for subset in subsets.values()]) for region in regions}
+    return {"method": method, "split": split, "fold": fold, "subsets": subsets, "mean": mean, "conventions": conventions}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Atomically; a NaN would be a mistake here and raises ValueError."""
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """`per_case.csv`: one line per network x case x subset x region; an empty field was not measured."""
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["network", "subject", "subset", "region", *Score.__dataclass_fields__])
+        for row in rows:
+            writer.writerow([row.network, row.subject, row.subset, row.region, *vars(row.score).values()])
+    os.replace(partial, path)
+
+
+def print_table(summary: dict[str, Any], title: str, console: Console | None = None) -> None:
+    """One line per subset: Dice in per cent and HD95 in mm per region; the conventions below."""
+    console = console or Console()
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("given", no_wrap=True)
+    regions = list(summary["mean"])
+    for region in regions:
+        for heading in (f"{region}\nDice", "non-\nempty", "HD95\nmm"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for name, cells in summary["subsets"].items():
+        table.add_row(name, *_texts(cells, regions))
+    table.add_section()
+    table.add_row("mean", *_texts(summary["mean"], regions), style="bold")
+    console.print(table)
+    for key, text in summary["conventions"].items():
+        console.print(f"{key}: {text}", style="dim", highlight=False, markup=False)
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def millimetres(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _texts(cells: dict[str, dict], regions: Sequence[str]) -> list[str]:
+    texts = []
+    for region in regions:
+        cell = cells[region]
+        texts += [percent(cell["dice"]), percent(cell["dice_nonempty"]), millimetres(cell["hd95_mm"])]
+    return texts
+
+
+def _cell(scores: list[Score]) -> dict[str, float | int | None]:
+    truth = [score for score in scores if score.truth_voxels]
+    both = [score for score in truth if score.predicted_voxels]
+    cell = {
+        "dice": _mean([score.dice for score in scores]),
+        "dice_nonempty": _mean([score.dice for score in truth]),
+        "n": len(scores),
+        "n_nonempty": len(truth),
+        "false_positive_cases": sum(not score.truth_voxels and score.predicted_voxels > 0 for score in scores),
+        "hd95_mm": _mean([score.hd95_mm for score in scores]),
+        "hd95_nonempty_mm": _mean([score.hd95_mm for score in both]),
+        "hd95_n": len(both),
+        "missed": len(truth) - len(both),
+    }
+    if any(score.lesion_dice is not None for score in scores):
+        cell["lesion_dice"] = _mean([score.lesion_dice for score in scores])
+        cell["lesion_hd95_mm"] = _mean([score.lesion_hd95_mm for score in scores])
+    return cell
+
+
+def _mean_cell(cells: list[dict]) -> dict[str, float | int | None]:
+    return {key: sum(c[key] for c in cells) if key in COUNTS else _mean([c[key] for c in cells]) for key in cells[0]}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

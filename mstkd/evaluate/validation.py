@@ -1,0 +1,48 @@
+"""Scores during training, on the fold's validation cases alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mstkd.config import RunConfig
+from mstkd.data.store import ShardStore
+from mstkd.engine.distributed import Ranks
+from mstkd.evaluate.cases import score_subjects
+from mstkd.evaluate.inference import Predictor
+from mstkd.evaluate.scenarios import all_subsets, parse_subset
+from mstkd.evaluate.source import CaseSource
+from mstkd.methods import Method
+
+
+class Validation:
+    """Mean Dice of a method's first scored network over validation cases; the same figures on every rank."""
+
+    def __init__(self, config: RunConfig, stores: Sequence[ShardStore], ranks: Ranks):
+        """Raises UserError if `validate.subsets` names an unknown sequence."""
+        self.config, self.ranks = config, ranks
+        self.source = CaseSource(stores)
+        self.subjects = self.source.subjects("val", config.data.fold)[: config.validation.max_cases]
+        names = config.validation.subsets
+        sequences = self.source.sequences
+        self.subsets = [parse_subset(name, sequences) for name in names] if names else all_subsets(sequences)
+
+    def __call__(self, method: Method) -> dict[str, float] | None:
+        """"score", the mean over subsets x regions, which selects the best checkpoint, and its parts
+        "dice_<region>" and "dice_<subset>"; None without validation cases. Collective.
+        """
+        if not self.subjects:
+            return None
+        predictor = Predictor(method, self.source.sequences, self.config.data.crop, self.config.inference, self.ranks.device)
+        rows = score_subjects(
+            predictor, method.scored[:1], self.source, self.subjects, self.subsets, self.source.label_scheme,
+            rank=self.ranks.rank, world=self.ranks.world,
+        )  # fmt: skip
+        cells: dict[tuple[str, str], list[float]] = {}
+        for row in rows:
+            cells.setdefault((row.subset, row.region), []).append(row.score.dice)
+        means = {cell: float(np.mean(values)) for cell, values in cells.items()}
+        figures = {"score": float(np.mean(list(means.values())))}
+        for axis in (1, 0):
+            for name in dict.fromkeys(cell[axis] for cell in means):
+                figures[f"dice_{name}"] = float(np.mean([mean for cell, mean in means.items() if cell[axis] == name]))
+        return figures

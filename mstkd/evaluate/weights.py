@@ -1,0 +1,106 @@
+"""A trained run as it lies on disk: its recipe, its data, its method with the best weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mstkd.config import RunConfig
+from mstkd.data.training import open_stores
+from mstkd.errors import UserError
+from mstkd.evaluate.inference import Predictor
+from mstkd.evaluate.source import CaseSource
+from mstkd.methods import DataFacts, Method, build
+from mstkd.run_folder import read_run_config
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What evaluation, prediction and export need of a run."""
+
+    folder: Path
+    config: RunConfig
+    source: CaseSource  # the run's own data
+    method: Method
+    networks: tuple[str, ...]  # loaded ones that the method scores; the first is what the run is for
+
+    def predictor(self) -> Predictor:
+        """Whole-volume prediction on the GPU if there is one."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        for network in self.method.networks.values():
+            network.to(device)
+        return Predictor(self.method, self.source.sequences, self.config.data.crop, self.config.inference, device)
+
+
+def open_run(run_dir: Path) -> TrainedRun:
+    """The run in `run_dir` with its best weights. Raises UserError: no run, no data, no checkpoint, another task."""
+    run_dir = Path(run_dir)
+    config = read_run_config(run_dir)
+    source = CaseSource(open_stores(config.data))
+    method = build(config.method, DataFacts(source.sequences, source.label_scheme, config.data.crop), str(run_dir / "config.yaml"))
+    if method.task != "segmentation":
+        raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; only segmentation can be evaluated and predicted")
+    loaded = load_networks(run_dir, method)
+    networks = tuple(name for name in method.scored if name in loaded)
+    if not networks:
+        raise UserError(f"{run_dir}: none of {', '.join(method.scored)} is trained yet; train the run's next stage")
+    return TrainedRun(run_dir, config, source, method, networks)
+
+
+def best_files(run_dir: Path, stage: str) -> list[Path]:
+    """The consolidated weights, one file per role, of a stage's best checkpoint. Raises UserError if there are none."""
+    pointer = Path(run_dir) / stage / "checkpoints" / "best"
+    if not pointer.is_file():
+        raise UserError(f"{run_dir}: stage {stage} has no best checkpoint; train it until its first validation")
+    folder = pointer.parent / pointer.read_text().strip()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no weights (*.safetensors), though `best` points here; restore the folder or resume the run")
+    return files
+
+
+def safetensors_of(path: Path) -> list[Path]:
+    """The weight files at `path`: a safetensors file, or the best ones of a run folder's stages."""
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        return [path]
+    stages = sorted(pointer.parent.parent.name for pointer in path.glob("*/checkpoints/best"))
+    if not stages:
+        raise UserError(f"{path}: neither a safetensors file nor a run folder with a best checkpoint")
+    return [file for stage in stages for file in best_files(path, stage)]
+
+
+def load_networks(run_dir: Path, method: Method, stage: str | None = None) -> set[str]:
+    """Load the best weights of `stage`, or of every stage that has some, into `method`; returns the networks loaded.
+
+    A later stage wins where two hold the same network. Raises UserError if nothing is there or does not fit.
+    """
+    trained = [name for name in method.stages if (Path(run_dir) / name / "checkpoints" / "best").is_file()]
+    wanted = [stage] if stage else trained or list(method.stages[:1])
+    return {network for name in wanted for path in best_files(run_dir, name) for network in _load(path, method, None)}
+
+
+def load_network(run_dir: Path, method: Method, network: str, stage: str) -> None:
+    """Load one network from the best checkpoint of an earlier stage. Raises UserError if that stage does not hold it."""
+    if not any(_load(path, method, network) for path in best_files(run_dir, stage)):
+        raise UserError(f"{run_dir}: the best checkpoint of stage {stage} holds no network {network}")
+
+
+def _load(path: Path, method: Method, only: str | None) -> list[str]:
+    """Load the networks (or `only` one) in a file with keys <network>.<parameter or buffer>; returns their names."""
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        network, _, name = key.partition(".")
+        if only in (None, network):
+            states.setdefault(network, {})[name] = tensor
+    for network, state in states.items():
+        if network not in method.networks:
+            raise UserError(f"{path}: network {network} is none of the method's; config.yaml and checkpoint differ")
+        try:
+            method.networks[network].load_state_dict(state)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())[:300]
+            raise UserError(f"{path}: does not fit network {network}: {detail}") from None
+    return list(states)

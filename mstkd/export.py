@@ -1,0 +1,47 @@
+"""`mstkd export`: the student's weights and what is needed to use them, in a folder of its own."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from safetensors.torch import save_file
+
+from mstkd import __version__
+from mstkd.errors import UserError
+from mstkd.evaluate.weights import open_run
+
+
+def export(run_dir: Path, out: Path, format: Literal["safetensors"] = "safetensors") -> Path:
+    """Write <out>/<network>.safetensors (keys are parameter and buffer names) and <out>/mstkd.json; returns `out`.
+
+    The network is the one that the run is for, usually the student. mstkd.json holds no host, path or user.
+    Raises UserError: another format, `out` exists, the run has no best weights.
+    """
+    out = Path(out)
+    if format != "safetensors":
+        raise UserError(f"export format {format!r}: choose safetensors")
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another --out or remove it")
+    run = open_run(run_dir)
+    name, config = run.networks[0], run.config
+    scheme = run.source.label_scheme
+    facts = {
+        "mstkd": __version__,
+        "network": name,
+        "method": config.method,
+        "dataset": run.source.dataset,
+        "sequences": run.source.sequences,
+        "label_scheme": scheme.model_dump(mode="json") if scheme else None,
+        "intensity": run.method.intensity.model_dump(mode="json"),
+        "crop": config.data.crop,
+        "inference": config.inference.model_dump(mode="json"),
+    }
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = run.method.networks[name].state_dict()
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, partial / f"{name}.safetensors")
+    (partial / "mstkd.json").write_text(json.dumps(facts, indent=1) + "\n")
+    partial.rename(out)
+    return out

@@ -1,0 +1,72 @@
+"""What a student learns from a teacher in MST-KDNet (MICCAI 2025, arXiv:2507.22626): probabilities, logits, attention.
+
+Pure functions; `full` is the teacher's tensor, `missing` the student's. B samples, K classes, H heads, N tokens.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPSILON = 1e-7
+
+
+def ramp_up(epoch: int, epochs: int) -> float:
+    """Gaussian ramp `exp(-5 (1 - min(e, E) / E)^2)` from 0.0067 at epoch 0 to 1 at `epochs` (Laine & Aila, ICLR 2017)."""
+    return math.exp(-5 * (1 - min(epoch, epochs) / epochs) ** 2)
+
+
+def consistency(full: Tensor, missing: Tensor) -> Tensor:
+    """Mean squared difference of probabilities (B, K, X, Y, Z), summed over the K channels."""
+    return (full - missing).square().mean((0, 2, 3, 4)).sum()
+
+
+def standardised_kl(full: Tensor, missing: Tensor, temperature: float) -> Tensor:
+    """`tau^2 KL(full || missing)` of softmax(z-scored logits / tau) over the classes; mean over batch and voxels.
+
+    Logits (B, K, X, Y, Z). The z-score runs over the classes with the unbiased standard deviation, so that a
+    positive affine change of a voxel's logits leaves the loss as it is (logit standardisation, CVPR 2024).
+    """
+    target = F.log_softmax(_standardise(full, 1) / temperature, 1)
+    source = F.log_softmax(_standardise(missing, 1) / temperature, 1)
+    return F.kl_div(source, target, log_target=True, reduction="none").sum(1).mean() * temperature**2
+
+
+def reference_kl(full: Tensor, missing: Tensor, temperature: float) -> Tensor:
+    """The released code's form of `standardised_kl`, for parity runs.
+
+    Three oddities: the student is the target, the z-score runs along Z, and the sum over everything is divided by
+    the batch size and once more by the number of elements.
+    """
+    target = F.log_softmax(_standardise(missing, -1) / temperature, 1)
+    source = F.log_softmax(_standardise(full, -1) / temperature, 1)
+    return F.kl_div(source, target, log_target=True, reduction="batchmean") / full.numel() * temperature**2
+
+
+def feature_matching(full: Sequence[Tensor], missing: Sequence[Tensor]) -> Tensor:
+    """Sum over the layers of the mean squared difference of two features of equal shape."""
+    return torch.stack([F.mse_loss(m, f) for f, m in zip(full, missing, strict=True)]).sum()
+
+
+def attention_extremes(full: Sequence[Tensor], missing: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+    """Extreme-value distillation of L attention maps, each (B, H, N, N), multiplied by `scale` first.
+
+    The maps of one network are weighted by their elementwise maximum, minimum and mean over the layers; the loss
+    is the sum of the 3 L mean squared differences of the products. Entries are about 1/N, so the squared
+    products are about 1/N^4: `scale = N` makes the value independent of the crop and safe in half precision.
+    """
+    return (_extremes(full, scale) - _extremes(missing, scale)).square().mean((2, 3, 4, 5)).sum()
+
+
+def _extremes(maps: Sequence[Tensor], scale: float) -> Tensor:
+    """(3, L, B, H, N, N): every map times each statistic."""
+    stack = torch.stack(tuple(maps)) * scale
+    statistics = torch.stack([stack.amax(0), stack.amin(0), stack.mean(0)])
+    return statistics[:, None] * stack
+
+
+def _standardise(logits: Tensor, axis: int) -> Tensor:
+    centred = logits - logits.mean(axis, keepdim=True)
+    return centred / (EPSILON + logits.std(axis, keepdim=True))

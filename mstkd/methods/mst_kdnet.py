@@ -1,0 +1,297 @@
+"""MST-KDNet: teacher and student segmentation networks, trained together (MICCAI 2025, arXiv:2507.22626).
+
+The teacher sees all sequences, the student any non-empty subset; only the student is needed at inference.
+Where this differs from the released code, and why:
+- the student's background channel has its own Dice and consistency terms (there it got no gradient);
+- the KL term goes from teacher to student over the classes (there swapped, z-scored along Z): `reference_kl`;
+- attention maps are scaled by the number of tokens, so that any crop works: `reference_evd`;
+- style matching is on and has a scale at which it acts (there commented out, factor 6.6e-15): `reference_scale`;
+- target channels are the regions of the paper's figure (there disjoint labels): `targets: disjoint`;
+- min-max runs over the brain (there over the whole array): `intensity: {kind: reference_minmax}`;
+- the critic pools before its last layer (there one crop only: `reference_head`) and keeps its optimiser (there a
+  new one every step); evaluation uses running statistics and no dropout (there batch statistics: `bn_eval: batch`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from mstkd.batch import Batch, Progress, StepOutput
+from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Section
+from mstkd.errors import UserError
+from mstkd.losses.dice import soft_dice
+from mstkd.losses.distillation import attention_extremes, consistency, feature_matching, ramp_up, reference_kl, standardised_kl
+from mstkd.losses.style import reference_style_matching, style_matching
+from mstkd.methods import DataFacts, Method, Role, RoleStep
+from mstkd.models.mst_kdnet import STRIDE, Features, MSTKDNetwork
+from mstkd.models.style_critic import StyleCritic
+from mstkd.shards.spec import LabelScheme
+
+PUBLISHED_TOKENS = 120  # of the 160 x 192 x 128 crop, to which the published weight of the attention term belongs
+
+
+class NetworkConfig(Section):
+    """Defaults: the published network, 154,334,148 parameters each for teacher and student."""
+
+    width: int = Field(16, ge=8, multiple_of=8)  # channels at full resolution; GroupNorm has 8 groups
+    decoder_width: int = Field(16, ge=1)  # of the transformer's decoder: its features have 4, 8, 16 and 32 times as many channels
+    embed_dim: int = Field(768, ge=1)
+    layers: int = Field(12, ge=4, multiple_of=4)  # four evenly spaced ones are distilled
+    heads: int = Field(12, ge=1)
+    mlp_dim: int = Field(2048, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)  # transformer
+    fuse_dropout: float = Field(0.2, ge=0, lt=1)  # where style and content are joined
+    norm: Literal["batch", "instance"] = "batch"  # of the transformer's decoder
+    bn_eval: Literal["running", "batch"] = "running"  # statistics of `norm: batch` in evaluation
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "NetworkConfig":
+        if self.embed_dim % self.heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}")
+        return self
+
+
+class WeightConfig(Section):
+    """Weights of the loss terms, by the names under which the terms are logged (unweighted)."""
+
+    dice_teacher: float = Field(0.4, ge=0)
+    dice_student: float = Field(0.6, ge=0)
+    bce: float = Field(0.0, ge=0)  # companion of Dice, shared out like it; helps where a target channel is empty
+    consistency: float = Field(10.0, ge=0)  # reached after `ramp_epochs`
+    kl: float = Field(1.0, ge=0)
+    content: float = Field(0.2, ge=0)
+    mst: float = Field(0.2, ge=0)
+    evd: float = Field(1e8 / PUBLISHED_TOKENS**4, ge=0)
+    gsm: float = Field(0.1, ge=0)
+    adversarial: float = Field(2e-4, ge=0)
+
+
+class MSTKDNetConfig(Section):
+    network: NetworkConfig = NetworkConfig()
+    weights: WeightConfig = WeightConfig()
+    ramp_epochs: int = Field(20, ge=1)
+    tau: float = Field(7.0, gt=0)  # temperature of the logit distillation
+    intensity: IntensityConfig = IntensityConfig(kind="minmax")
+    targets: Literal["region", "disjoint"] = "region"
+    rc_channel: bool = False  # resection cavity as a channel of its own instead of background
+    missing_fill: Literal["zeros", "noise"] = "zeros"  # noise: standard normal
+    detach_teacher: bool = False  # True: no gradient from the transfer terms into the teacher
+    no_mstkd: bool = False  # ablation: without mst and evd
+    no_gsme: bool = False  # ablation: without gsm, adversarial and critic
+    no_slkd: bool = False  # ablation: without consistency and kl
+    reference_kl: bool = False
+    reference_scale: bool = False  # of gsm
+    reference_evd: bool = False  # attention maps scaled by 120 whatever the crop
+    reference_head: bool = False  # of the critic
+
+
+class TumourChannels:
+    """Label maps to target channels and logits back to label maps.
+
+    Channels: region [WT, TC, ET, background], disjoint [core, oedema, ET, background]; with `rc_channel` the
+    resection cavity follows as the fifth, otherwise it is background.
+    """
+
+    def __init__(self, scheme: LabelScheme | None, targets: Literal["region", "disjoint"], rc_channel: bool):
+        if scheme is None or not {"WT", "TC", "ET"} <= scheme.regions.keys():
+            found = scheme.name if scheme else "no label scheme"
+            raise UserError(f"method mst_kdnet: the shard set declares {found}; it needs one with the regions WT, TC and ET, e.g. brats2018")
+        whole, core, enhancing = (set(scheme.regions[region]) for region in ("WT", "TC", "ET"))
+        cavity = set(scheme.values) - {0} - whole
+        if rc_channel and len(cavity) != 1:
+            raise UserError(f"method.rc_channel: label scheme {scheme.name} has no resection cavity; set method.rc_channel to false")
+        self.scheme, self.targets = scheme, targets
+        self.cavity = next(iter(cavity)) if rc_channel else None
+        self.tumour = (whole, core, enhancing) if targets == "region" else (core - enhancing, whole - core, enhancing)
+        self.count = 4 + rc_channel
+
+    def encode(self, label: Tensor) -> Tensor:
+        """Targets (B, K, X, Y, Z) in {0, 1}, float32, of label maps (B, X, Y, Z)."""
+        tumour = [_is_any(label, values) for values in self.tumour]
+        foreground = torch.stack(tumour).any(0)
+        cavity = [] if self.cavity is None else [label == self.cavity]
+        background = ~torch.stack([foreground, *cavity]).any(0)
+        return torch.stack([*tumour, background, *cavity], 1).float()
+
+    def decode(self, logits: Tensor) -> Tensor:
+        """Label maps (B, X, Y, Z) uint8 of logits (B, K, X, Y, Z): probability above 0.5, painted WT, TC, ET in that order."""
+        first, second, third = (logits[:, :3] > 0).unbind(1)
+        whole, core = (first, second) if self.targets == "region" else (first | second | third, first | third)
+        label = torch.zeros_like(first, dtype=torch.uint8)
+        if self.cavity is not None:
+            label[logits[:, 4] > 0] = self.cavity
+        for region, mask in (("WT", whole), ("TC", core), ("ET", third)):
+            label[mask] = self.scheme.paint[region]
+        return label
+
+
+class NetworksStep(RoleStep):
+    """Teacher and student in one role; the critic is borrowed and stays frozen."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, critic: nn.Module | None, channels: TumourChannels, config: MSTKDNetConfig):
+        super().__init__()
+        self.teacher, self.student = teacher, student
+        self.borrowed = (critic,) if critic is not None else ()  # a tuple: not registered as a submodule
+        self.channels, self.config = channels, config
+
+    def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
+        if batch.label is None:
+            raise UserError(f"subject {batch.subject[0]}: no label in the shard set; mst_kdnet trains on labelled subjects only")
+        target = self.channels.encode(batch.label)
+        full, missing = self.teacher(batch.image), self.student(self._student_input(batch))
+        deceived = [critic(missing.style) for critic in self.borrowed]
+        with _full_precision(batch.image):
+            terms = self._terms(_float(full), _float(missing), target)
+            for logit in deceived:
+                terms["adversarial"] = _bce(logit.float(), 0.0)
+        loss = sum(self._weight(name, progress) * term for name, term in terms.items())
+        carry = {"style_full": full.style.detach(), "style_missing": missing.style.detach()}
+        return StepOutput(loss, {name: term.detach() for name, term in terms.items()}, carry)
+
+    def _student_input(self, batch: Batch) -> Tensor:
+        if self.config.missing_fill == "zeros":
+            return batch.visible()
+        return torch.where(batch.available[:, :, None, None, None], batch.image, torch.randn_like(batch.image))
+
+    def _terms(self, full: Features, missing: Features, target: Tensor) -> dict[str, Tensor]:
+        """All loss terms but the adversarial one, unweighted."""
+        config = self.config
+        terms = {
+            "dice_teacher": soft_dice(full.logits.sigmoid(), target).sum(),
+            "dice_student": soft_dice(missing.logits.sigmoid(), target).sum(),
+        }
+        if config.weights.bce:
+            cross_entropies = (F.binary_cross_entropy_with_logits(features.logits, target) for features in (full, missing))
+            shares = (config.weights.dice_teacher, config.weights.dice_student)
+            terms["bce"] = sum(share * term for share, term in zip(shares, cross_entropies, strict=True))
+        if config.detach_teacher:
+            full = Features(*([t.detach() for t in f] if isinstance(f, tuple) else f.detach() for f in full))
+        terms["content"] = F.mse_loss(missing.content, full.content)
+        if not config.no_slkd:
+            divergence = reference_kl if config.reference_kl else standardised_kl
+            terms["consistency"] = consistency(full.logits.sigmoid(), missing.logits.sigmoid())
+            terms["kl"] = divergence(full.logits, missing.logits, config.tau)
+        if not config.no_mstkd:
+            tokens = PUBLISHED_TOKENS if config.reference_evd else full.attention[0].shape[-1]
+            terms["mst"] = feature_matching(full.decoded, missing.decoded)
+            terms["evd"] = attention_extremes(full.attention, missing.attention, scale=tokens)
+        if not config.no_gsme:
+            matching = reference_style_matching if config.reference_scale else style_matching
+            terms["gsm"] = matching(*((f.encoded, f.style, f.content) for f in (full, missing)))
+        return terms
+
+    def _weight(self, name: str, progress: Progress) -> float:
+        ramp = ramp_up(progress.epoch, self.config.ramp_epochs) if name == "consistency" else 1.0
+        return getattr(self.config.weights, name) * ramp
+
+
+class CriticStep(RoleStep):
+    """The critic learns to call the teacher's style maps 0 and the student's 1."""
+
+    def __init__(self, critic: nn.Module):
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
+        full, missing = self.critic(carry["style_full"]), self.critic(carry["style_missing"])
+        with _full_precision(full):
+            loss = _bce(full.float(), 0.0) + _bce(missing.float(), 1.0)
+        return StepOutput(loss, {"critic": loss.detach()})
+
+
+class MSTKDNet(Method):
+    Config = MSTKDNetConfig
+    task = "segmentation"
+    stages = ("distill",)
+    complete_only = True
+    scored = ("student", "teacher")
+
+    def __init__(self, config: MSTKDNetConfig, facts: DataFacts):
+        self.config = config
+        self.channels = TumourChannels(facts.label_scheme, config.targets, config.rc_channel)
+        shape = {"in_channels": len(facts.sequences), "out_channels": self.channels.count, "crop": facts.crop}
+        self.networks = {name: MSTKDNetwork(**shape, **config.network.model_dump()) for name in ("teacher", "student")}
+        if not config.no_gsme:
+            self.networks["critic"] = StyleCritic(8 * config.network.width, config.reference_head)
+
+    @property
+    def intensity(self) -> IntensityConfig:
+        return self.config.intensity
+
+    @classmethod
+    def check_crop(cls, config: MSTKDNetConfig, crop: tuple[int, int, int]) -> None:
+        _check_divisible("data.crop", crop)
+        if config.reference_head and not config.no_gsme and tuple(size // 64 for size in crop) != (2, 3, 2):
+            raise UserError(f"method.reference_head: fits crops like [160, 192, 128], not {list(crop)}; set method.reference_head to false")
+
+    def roles(self, stage: str) -> dict[str, Role]:
+        teacher, student, critic = (self.networks.get(name) for name in ("teacher", "student", "critic"))
+        networks = Role(
+            NetworksStep(teacher, student, critic, self.channels, self.config),
+            networks=("teacher", "student"),
+            borrows=("critic",) if critic is not None else (),
+            optimizer=OptimizerConfig(name="adam", lr=1e-4, weight_decay=1e-5),
+            schedule=ScheduleConfig(name="poly", per="epoch", power=0.9),
+        )
+        if critic is None:
+            return {"networks": networks}
+        optimizer = OptimizerConfig(name="adam", lr=1e-4, betas=(0.9, 0.99))
+        return {"networks": networks, "critic": Role(CriticStep(critic), networks=("critic",), optimizer=optimizer)}
+
+    def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
+        _check_divisible("inference.window", tuple(image.shape[2:]))
+        visible = torch.where(available[:, :, None, None, None], image, self._hidden(image))
+        with torch.no_grad(), _evaluating(self.networks[network]) as module:
+            return module(visible).logits
+
+    def to_labels(self, logits: Tensor) -> Tensor:
+        return self.channels.decode(logits)
+
+    def _hidden(self, image: Tensor) -> Tensor:
+        """What hidden sequences hold; noise is the same in every call, so that a prediction can be repeated."""
+        if self.config.missing_fill == "noise":
+            generator = torch.Generator().manual_seed(0)
+            return torch.randn(image.shape, generator=generator).to(image)
+        return torch.full_like(image, self.config.intensity.hidden_value)
+
+
+def _check_divisible(key: str, size: tuple[int, int, int]) -> None:
+    if any(n % STRIDE for n in size):
+        nearest = [-(-n // STRIDE) * STRIDE for n in size]
+        raise UserError(f"{key} {list(size)}: each axis must be divisible by {STRIDE}; use {nearest}")
+
+
+def _is_any(label: Tensor, values: set[int]) -> Tensor:
+    return torch.isin(label, torch.tensor(sorted(values), dtype=label.dtype, device=label.device))
+
+
+def _bce(logit: Tensor, truth: float) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, truth))
+
+
+def _float(features: Features) -> Features:
+    """The same features in float32: the loss terms span fifteen orders of magnitude."""
+    return Features(*(tuple(t.float() for t in f) if isinstance(f, tuple) else f.float() for f in features))
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    return torch.autocast(like.device.type, enabled=False)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode for the block: no dropout, no change of a running statistic."""
+    training = module.training
+    module.eval()
+    try:
+        yield module
+    finally:
+        module.train(training)
+
+
+METHOD = MSTKDNet

@@ -1,0 +1,72 @@
+"""`mstkd predict`: label maps for a folder of NIfTI cases, each with whatever sequences it has."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from mstkd.errors import UserError
+from mstkd.evaluate.inference import Predictor, evaluation_mode
+from mstkd.evaluate.scenarios import subset_name
+from mstkd.evaluate.weights import open_run
+from mstkd.shards.dataset import Case, load_spec
+from mstkd.shards.preprocess import preprocess, restore
+
+
+def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = None) -> list[Path]:
+    """Write <output>/<subject>.nii.gz for every case in `input`, and predictions.json (subject -> sequences used).
+
+    The layout and file names of `input` are those of `spec`, by default of the run's own data set; any non-empty
+    subset of sequences will do, labels are not looked at. Label maps are uint8 in the run's label scheme, on the
+    grid of the case's first sequence. `output` appears when all is done. Raises UserError: output exists, no case,
+    an unreadable file, sequences of a case on different grids.
+    """
+    output = Path(output)
+    if output.exists():
+        raise UserError(f"{output}: exists already; choose another --output or remove it")
+    run = open_run(run_dir)
+    dataset = load_spec(spec or run.source.stores[0].index.dataset)
+    if unknown := [name for name in dataset.sequences if name not in run.source.sequences]:
+        raise UserError(f"spec {dataset.name}: the run knows no sequence {unknown[0]}, only {', '.join(run.source.sequences)}; choose another --spec")
+    cases = dataset.find_cases(Path(input), require_complete=False)
+    predictor, console = run.predictor(), Console()
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    used = {}
+    try:
+        with evaluation_mode(run.method):
+            for case in cases:
+                labels, used[case.subject] = _predict_case(predictor, run.networks[0], case)
+                save_label_map(labels, next(iter(case.files.values())), partial / f"{case.subject}.nii.gz")
+                console.print(f"{case.subject}: {used[case.subject]}", highlight=False)
+        (partial / "predictions.json").write_text(json.dumps(used, indent=1) + "\n")
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [output / f"{case.subject}.nii.gz" for case in cases]
+
+
+def save_label_map(labels: NDArray[np.uint8], reference: Path, path: Path) -> None:
+    """Write `labels`, which lie on the grid of the NIfTI file `reference`, with its geometry and none of its texts."""
+    source = nib.load(reference)
+    header = source.header.copy()
+    header.extensions.clear()
+    for text in ("descrip", "aux_file", "db_name", "intent_name"):
+        header[text] = b""  # may name people or places
+    header["cal_min"] = header["cal_max"] = 0
+    header.set_data_dtype(np.uint8)
+    nib.save(type(source)(labels, source.affine, header), path)
+
+
+def _predict_case(predictor: Predictor, network: str, case: Case) -> tuple[NDArray[np.uint8], str]:
+    """The label map on the file's grid, and the subset it was made from."""
+    stored = preprocess(replace(case, label=None), predictor.sequences, None)
+    volume = predictor.volume(stored.image, stored.brain, stored.meta)
+    labels = predictor.labels(network, volume, volume.present)
+    return restore(labels, stored.meta), subset_name(predictor.sequences, volume.present)

@@ -1,0 +1,279 @@
+"""MLflow through its client alone: one parent run per training run, one child per stage and for the evaluation.
+
+No call reaches the training thread, and no failure of MLflow or its server ends a run. By default nothing here
+tells a host, a user, a path or a subject; only the experiment's artifact folder, on this machine, is a path.
+"""
+
+import getpass
+import json
+import logging
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # patient data: nothing leaves unasked
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's own 7 delay the end of a run by minutes
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+from mlflow import MlflowClient  # noqa: E402  (reads the environment above)
+from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # noqa: E402
+
+from mstkd.config import RunConfig, resolved  # noqa: E402
+from mstkd.track.protocol import Status, Tracker  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+DIGEST_CHARS = 36  # as many as MLflow's data base holds
+IDENTIFYING_FILES = {"per_case.csv", "config.yaml", "record.json"}  # subject keys, paths
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page then opens on training runs
+PATH_KEYS = {"runs_dir", "path", "cache_dir", "init_from", "uri"}
+
+
+class Writer:
+    """Calls MLflow in order on a thread of its own; after the first failure it warns once and drops the rest."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self._broken = False
+
+    def later(self, call: Callable, *args: Any) -> None:
+        self._pool.submit(self._guarded, call, args)
+
+    def now(self, call: Callable, *args: Any) -> Any:
+        """The call's result, or None if MLflow is or becomes unusable."""
+        return self._pool.submit(self._guarded, call, args).result()
+
+    def at_last(self, call: Callable, *args: Any) -> None:
+        """As `later`, but also tried after a failure: a run that has ended should not look alive."""
+        self._pool.submit(self._guarded, call, args, always=True)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+    def _guarded(self, call: Callable, args: tuple, always: bool = False) -> Any:
+        if self._broken and not always:
+            return None
+        try:
+            return call(*args)
+        except Exception as error:  # whatever it is, the run is worth more than its copy in MLflow
+            if not self._broken:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                log.warning("MLflow is off for the rest of this attempt, metrics.jsonl goes on: %s", reason)
+            self._broken = True
+            return None
+
+
+class RunIds:
+    """`mlflow.json` of a run folder: {"run_id": ..., "children": {name: run id}}."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        ids = json.loads(path.read_text()) if path.exists() else {}
+        self.run_id: str | None = ids.get("run_id")
+        self.children: dict[str, str] = ids.get("children", {})
+
+    def save(self) -> None:
+        partial = self.path.with_suffix(".json.partial")
+        partial.write_text(json.dumps({"run_id": self.run_id, "children": self.children}, indent=2) + "\n")
+        partial.replace(self.path)
+
+
+class Session:
+    """One MLflow experiment and the ids of this run in it. Everything here is called on the writer's thread."""
+
+    def __init__(self, config: RunConfig, run_dir: Path):
+        self.uri = tracking_uri(config)
+        self.name = config.name
+        self.identify = config.tracking.identify
+        self.client = MlflowClient(tracking_uri=self.uri)
+        self.ids = RunIds(run_dir / "mlflow.json")
+        # a server says itself where artifacts go; a data base would put them into the working directory
+        artifacts = None if self.uri.startswith("http") else str(Path(config.runs_dir).resolve() / "mlartifacts")
+        self.experiment_id = self._experiment(config.tracking.experiment, artifacts)
+
+    def root(self, dataset: dict[str, str]) -> tuple[str, bool]:
+        """(id, whether it existed) of the parent run."""
+        run_id, existed = self._run(self.ids.run_id, self.name, {})
+        if not existed:
+            self.ids.run_id, self.ids.children = run_id, {}
+            self.ids.save()
+            digest = dataset["digest"][:DIGEST_CHARS]
+            self.client.log_inputs(run_id, [DatasetInput(Dataset(dataset["name"], digest, source_type="mstkd", source="{}"))])
+        return run_id, existed
+
+    def child(self, parent_id: str, name: str) -> tuple[str, bool]:
+        """(id, whether it existed) of the child run `name`."""
+        run_id, existed = self._run(self.ids.children.get(name), f"{self.name}/{name}", {"mlflow.parentRunId": parent_id})
+        self.ids.children[name] = run_id
+        self.ids.save()
+        return run_id, existed
+
+    def _run(self, known: str | None, name: str, tags: dict[str, str]) -> tuple[str, bool]:
+        if known is not None and self._exists(known):
+            self.client.update_run(known, status="RUNNING")
+            return known, True
+        source = {"mlflow.user": "mstkd", "mlflow.source.name": "mstkd"}
+        if self.identify:
+            source |= {"mlflow.user": getpass.getuser(), "host": socket.gethostname()}
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=source | tags)
+        return run.info.run_id, False
+
+    def _exists(self, run_id: str) -> bool:
+        try:
+            self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # another data base, or a deleted one
+                return False
+            raise
+        return True
+
+    def _experiment(self, name: str, artifacts: str | None) -> str:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return self.client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
+            except MlflowException:  # a run beside this one was faster
+                experiment = self.client.get_experiment_by_name(name)
+                if experiment is None:
+                    raise
+        return experiment.experiment_id
+
+
+class MlflowTracker(Tracker):
+    """One MLflow run. Infinite and NaN values are left out, because they ruin a chart."""
+
+    def __init__(self, session: Session, writer: Writer, run_id: str, *, replays: bool):
+        self._session, self._writer, self.run_id = session, writer, run_id
+        self._last_step: dict[str, int] | None = {} if replays else None  # per metric, asked for when first needed
+        self._children: list[MlflowTracker] = []
+        self._finished = False
+
+    def log_metrics(self, values: dict[str, float], step: int, stage: str) -> None:
+        now_ms = int(time.time() * 1000)
+        metrics = [Metric(metric_name(k), float(v), now_ms, step) for k, v in values.items() if math.isfinite(v)]
+        self._writer.later(self._log_new, metrics)
+
+    def log_params(self, params: dict[str, object]) -> None:
+        self._writer.later(self._log_missing_params, params)
+
+    def set_tags(self, tags: dict[str, object]) -> None:
+        self._log_batch(tags=[RunTag(name, str(value)) for name, value in tags.items()])
+
+    def log_artifact(self, path: Path, folder: str) -> None:
+        """Keep a copy of the file `path`, unless it tells subjects or paths and `tracking.identify` is off."""
+        if self._session.identify or Path(path).name not in IDENTIFYING_FILES:
+            self._writer.later(self._session.client.log_artifact, self.run_id, str(path), folder)
+
+    def child(self, name: str, tags: dict[str, object] | None = None, *, start_step: int | None = None) -> Tracker:
+        found = self._writer.now(self._session.child, self.run_id, name)
+        if found is None:
+            return Tracker()
+        run_id, existed = found
+        child = MlflowTracker(self._session, self._writer, run_id, replays=existed and start_step is not None)
+        child.set_tags(tags or {})
+        self._children.append(child)
+        return child
+
+    def finish(self, status: Status) -> None:
+        if self._finished:
+            return
+        self._finished = True
+        for child in self._children:
+            child.finish(status)
+        self._writer.at_last(self._session.client.set_terminated, self.run_id, status)
+
+    def _log_batch(self, **entities: list) -> None:
+        self._writer.later(lambda: self._session.client.log_batch(self.run_id, **entities))
+
+    def _log_new(self, metrics: list[Metric]) -> None:
+        """Log `metrics` less those that an earlier attempt logged: MLflow would append them a second time."""
+        client = self._session.client
+        if self._last_step is not None:
+            for key in {metric.key for metric in metrics} - self._last_step.keys():
+                history = client.get_metric_history(self.run_id, key)
+                self._last_step[key] = max((metric.step for metric in history), default=-1)
+            metrics = [metric for metric in metrics if metric.step > self._last_step[metric.key]]
+        client.log_batch(self.run_id, metrics=metrics)
+
+    def _log_missing_params(self, params: dict[str, object]) -> None:
+        """Log what the run does not have: MLflow refuses to change a parameter."""
+        kept = self._session.client.get_run(self.run_id).data.params
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in params.items()}
+        new = [Param(name, text) for name, text in texts.items() if name not in kept]
+        self._session.client.log_batch(self.run_id, params=new)
+
+
+class MlflowRun(MlflowTracker):
+    """The parent run: also samples processor, memory and GPU load (`system/...`), and owns the writer's thread."""
+
+    def __init__(self, session: Session, writer: Writer, run_id: str, *, existed: bool):
+        super().__init__(session, writer, run_id, replays=False)
+        self._monitor = SystemMetricsMonitor(run_id, resume_logging=existed, tracking_uri=session.uri)
+        self._monitor.start()
+
+    def finish(self, status: Status) -> None:
+        if not self._finished:
+            self._monitor.finish()
+            super().finish(status)
+            self._writer.close()
+
+
+def open_mlflow(config: RunConfig, run_dir: Path, dataset: dict[str, str]) -> list[Tracker]:
+    """The run's MLflow tracker, its settings logged; [] (and one warning) if MLflow cannot be used."""
+    writer = Writer()
+
+    def start() -> MlflowRun:
+        session = Session(config, run_dir)
+        run_id, existed = session.root(dataset)
+        return MlflowRun(session, writer, run_id, existed=existed)
+
+    run = writer.now(start)
+    if run is None:
+        writer.close()
+        return []
+    run.log_params(run_params(config))
+    return [run]
+
+
+def tracking_uri(config: RunConfig) -> str:
+    """`tracking.uri`, or the SQLite file in `runs_dir` (created if absent)."""
+    if config.tracking.uri is not None:
+        return config.tracking.uri
+    folder = Path(config.runs_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def metric_name(name: str) -> str:
+    """`name` in MLflow's alphabet: "dice_et/flair+t1" -> "dice_et/flair_t1", "psnr/t1->t2" -> "psnr/t1_t2"."""
+    return re.sub(r"->|[^\w./ :-]", "_", name, flags=re.ASCII)
+
+
+def run_params(config: RunConfig) -> dict[str, object]:
+    """The resolved recipe by dotted key, without paths."""
+    flat = dict(_flatten(resolved(config), ""))
+    return {key: value for key, value in flat.items() if not _is_path(key, value)}
+
+
+def _is_path(key: str, value: object) -> bool:
+    return key.rpartition(".")[2] in PATH_KEYS or (isinstance(value, str) and ("/" in value or "\\" in value))
+
+
+def _flatten(value: object, prefix: str) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, list) and any(isinstance(inner, dict | list) for inner in value):
+        for position, inner in enumerate(value):
+            yield from _flatten(inner, f"{prefix}.{position}")
+    else:
+        yield prefix, value

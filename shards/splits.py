@@ -1,0 +1,105 @@
+"""Who is trained on, validated on and tested on: `splits.json`."""
+
+import hashlib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mstkd.errors import UserError
+from mstkd.shards.spec import Fold, Splits
+
+MAX_FOLDS = 5
+TEST_EVERY = 5  # every fifth patient: 20 %
+MIN_PATIENTS = 3
+STRATA = 3  # terciles
+
+
+def default_splits(patients: dict[str, str], volumes_ml: dict[str, float], seed: int) -> Splits:
+    """20 % test and 5 folds, by patient, stratified by tumour-volume tercile, by a hash of (seed, patient).
+
+    `patients`: subject -> patient; `volumes_ml`: subject -> volume that stratifies. Up to 5 patients there are as
+    many folds as patients outside the test split; under 3 patients a UserError asks for an explicit file.
+    """
+    subjects: dict[str, list[str]] = {}
+    for subject in sorted(patients):
+        subjects.setdefault(patients[subject], []).append(subject)
+    check_patient_count(patients)
+    dealt = _deal_order({p: max(volumes_ml[s] for s in members) for p, members in subjects.items()}, seed)
+    is_test = [i % TEST_EVERY == TEST_EVERY // 2 for i in range(len(dealt))]  # the middle one: 3 patients have a test case too
+    rest = [patient for patient, test in zip(dealt, is_test) if not test]
+    folds = min(MAX_FOLDS, len(rest))
+
+    def keys(chosen: list[str]) -> tuple[str, ...]:
+        return tuple(sorted(subject for patient in chosen for subject in subjects[patient]))
+
+    return Splits(
+        folds=tuple(
+            Fold(train=keys([p for i, p in enumerate(rest) if i % folds != k]), val=keys(rest[k::folds])) for k in range(folds)
+        ),
+        test=keys([patient for patient, test in zip(dealt, is_test) if test]),
+    )
+
+
+def check_patient_count(patients: dict[str, str]) -> None:
+    """UserError if there are too few patients for train, val and test."""
+    count = len(set(patients.values()))
+    if count < MIN_PATIENTS:
+        raise UserError(f"{count} patient(s): too few for train, val and test; say who goes where with --splits FILE (a splits.json)")
+
+
+def read_explicit_splits(path: Path, patients: dict[str, str], allow_overlap: bool) -> Splits:
+    """A splits file written by a person, checked against the data set; UserError names the first problem."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"splits {path}: no such file")
+    try:
+        splits = Splits.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"splits {path}: {key + ': ' if key else ''}{problem['msg']}") from None
+    splits = splits.model_copy(update={"allow_overlap": splits.allow_overlap or allow_overlap})
+    check_splits(splits, patients, str(path))
+    return splits
+
+
+def check_splits(splits: Splits, patients: dict[str, str], source: str) -> None:
+    """UserError unless every key exists, no part is empty or repeats a key, and no patient is on two sides."""
+    if not splits.folds:
+        raise UserError(f"splits {source}: no folds; give at least one with train and val")
+    for number, fold in enumerate(splits.folds):
+        sides = {f"folds.{number}.train": fold.train, f"folds.{number}.val": fold.val, "test": splits.test}
+        for name, keys in sides.items():
+            _check_side(name, keys, patients, source)
+        if not splits.allow_overlap:
+            _check_disjoint(sides, patients, source)
+
+
+def _check_side(name: str, keys: tuple[str, ...], patients: dict[str, str], source: str) -> None:
+    if not keys and name != "test":
+        raise UserError(f"splits {source}: {name} is empty; name at least one subject")
+    unknown = [key for key in keys if key not in patients]
+    if unknown:
+        raise UserError(f"splits {source}: {name} names subject {unknown[0]!r}, which the data set does not have")
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"splits {source}: {name} names subject {twice!r} twice")
+
+
+def _check_disjoint(sides: dict[str, tuple[str, ...]], patients: dict[str, str], source: str) -> None:
+    seen: dict[str, str] = {}  # patient -> side
+    for name, keys in sides.items():
+        for key in keys:
+            side = seen.setdefault(patients[key], name)
+            if side != name:
+                raise UserError(f"splits {source}: patient {patients[key]} is in {side} and in {name}; move one, or state --allow-overlap")
+
+
+def _deal_order(volumes_ml: dict[str, float], seed: int) -> list[str]:
+    """Patients by tercile of volume, within a tercile by hash: dealing them round-robin stratifies."""
+
+    def by_hash(patient: str) -> str:
+        return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
+
+    ranked = sorted(volumes_ml, key=lambda patient: (volumes_ml[patient], by_hash(patient)))
+    return sorted(ranked, key=lambda patient: (ranked.index(patient) * STRATA // len(ranked), by_hash(patient)))

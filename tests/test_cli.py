@@ -1,0 +1,155 @@
+"""The command line: what each command says, and that every failure is one line with the right exit code."""
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from mstkd.launch import cli
+from mstkd.launch.doctor import Finding, _package, _program
+from packaging.requirements import Requirement
+
+MSTKD = str(Path(sys.executable).parent / "mstkd")
+
+
+def mstkd(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([MSTKD, *words], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def commands(command, words=()) -> dict[tuple[str, ...], object]:
+    """Every command that does something, by its words."""
+    nested = getattr(command, "commands", None)
+    if nested is None:
+        return {words: command}
+    return {path: leaf for name, child in nested.items() for path, leaf in commands(child, (*words, name)).items()}
+
+
+COMMANDS = commands(get_command(cli.app))
+
+
+def test_the_commands_are_those_of_the_design():
+    words = {" ".join(path) for path in COMMANDS}
+    assert words == {
+        "shards phantom", "shards build", "shards verify", "shards inspect",
+        "train", "evaluate", "predict", "export", "mlflow ui", "methods", "doctor",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_shows_an_example_whose_options_exist(words):
+    help_text = COMMANDS[words].help
+    examples = re.findall(r"Example: (mstkd .*)", help_text)
+    assert examples
+    options = {option for parameter in COMMANDS[words].params for option in parameter.opts}
+    for example in examples:
+        assert example.split()[1 : 1 + len(words)] == list(words)
+        assert {word for word in example.split() if word.startswith("--")} <= options
+
+
+def test_help_names_every_command():
+    shown = mstkd("--help")
+    assert shown.returncode == 0 and shown.stderr == ""
+    assert all(words[0] in shown.stdout for words in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ((), ("command", "mstkd --help")),
+        (("trian",), ("trian", "train")),
+        (("train",), ("RECIPE", "mstkd train --help")),
+        (("train", "mst_kdnet_phantm"), ("mst_kdnet_phantm", "did you mean 'mst_kdnet_phantom'")),
+        (("train", "mst_kdnet_phantom", "train.stepz=1"), ("train.stepz", "did you mean 'steps'")),
+        (("train", "mst_kdnet_phantom", "steps"), ("'steps'", "key=value")),
+        (("shards", "build", "--spec", "brats2018", "--src", "a"), ("--out", "mstkd shards build --help")),
+        (("shards", "phantom", "--out", "x", "--subjects", "0"), ("--subjects", "mstkd shards phantom --help")),
+        (("shards", "verify", "absent"), ("absent",)),
+        (("shards", "inspect", "absent"), ("absent",)),
+        (("shards", "build", "--spec", "nope", "--src", "a", "--out", "b"), ("nope",)),
+        (("evaluate",), ("RUN", "--pred")),
+        (("evaluate", "absent", "--pred", "p"), ("RUN", "--pred")),
+        (("evaluate", "--pred", "p"), ("--ref", "--spec")),
+        (("evaluate", "absent"), ("absent",)),
+        (("predict", "absent", "--input", "i", "--output", "o"), ("absent",)),
+        (("export", "absent", "--out", "o"), ("absent",)),
+        (("export", "absent", "--out", "o", "--format", "zip"), ("zip", "safetensors")),
+        (("mlflow", "ui", "--runs-dir", "absent"), ("absent", "--runs-dir")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(words, parts, tmp_path):
+    done = mstkd(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert all(part in line for part in parts), line
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_taken_port_is_named(tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        done = mstkd("mlflow", "ui", "--runs-dir", str(tmp_path), "--port", port)
+    assert done.returncode == 2 and port in done.stderr and "--port" in done.stderr
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mstkd", "doctor"])
+    monkeypatch.setattr("mstkd.launch.doctor.findings", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_ctrl_c_exits_with_130(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["mstkd", "doctor"])
+    monkeypatch.setattr("mstkd.launch.doctor.findings", interrupted)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130
+
+
+def test_methods_lists_every_method_with_its_stages():
+    from mstkd.methods import available_methods, load
+
+    shown = mstkd("methods")
+    assert shown.returncode == 0
+    for name in available_methods():
+        assert name in shown.stdout and all(stage in shown.stdout for stage in load(name).stages)
+
+
+def test_doctor_gives_a_line_per_dependency():
+    done = mstkd("doctor")
+    lines = done.stdout.splitlines()
+    assert {"torch", "deepspeed", "mlflow", "accelerator", "g++", "sbatch"} <= {line.split()[1] for line in lines}
+    assert done.returncode == int(any(line.startswith("missing") for line in lines))
+
+
+def test_doctor_says_what_to_do():
+    assert _package(Requirement("pydantic>=99")).state == "missing"
+    assert str(_package(Requirement("no-such-package>=1"))).endswith('not installed; pip install "no-such-package>=1"')
+    assert _package(Requirement("pydantic>=2,<3")).fix == ""
+    assert _program("no-such-program", "note", "install it") == Finding("note", "no-such-program", "not found", "install it")
+
+
+def test_from_phantom_to_a_verified_and_inspected_shard_set(tmp_path):
+    steps = [
+        ("shards", "phantom", "--out", "nifti", "--subjects", "4", "--size", "32"),
+        ("shards", "build", "--spec", "phantom", "--src", "nifti", "--out", "shards"),
+        ("shards", "verify", "shards"),
+        ("shards", "inspect", "shards", "--png", "shards.png"),
+    ]
+    for words in steps:
+        done = mstkd(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "Phantom_0000" in done.stdout
+    assert (tmp_path / "shards.png").read_bytes().startswith(b"\x89PNG")
+    again = mstkd(*steps[1], cwd=tmp_path)
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1

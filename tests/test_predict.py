@@ -1,0 +1,176 @@
+"""From NIfTI to label maps on the same grid, and the student for use elsewhere."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from trained_run import make_run, method_and_source
+
+from mstkd.errors import UserError
+from mstkd.evaluate.run import evaluate_predictions, evaluate_run
+from mstkd.evaluate.summary import COUNTS
+from mstkd.export import export
+from mstkd.predict import predict_folder
+from mstkd.shards.spec import read_splits
+
+SUBJECT = "Phantom_0001"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("predict"))
+
+
+@pytest.fixture
+def case(run, tmp_path):
+    """A copy of one subject's folder, alone in `input`."""
+    return shutil.copytree(run.parents[1] / "nifti" / SUBJECT, tmp_path / "input" / SUBJECT)
+
+
+def scan(case, name):
+    return case / f"{SUBJECT}_{name}.nii.gz"
+
+
+def voxels(path):
+    return np.asanyarray(nib.load(path).dataobj)
+
+
+def test_evaluate_run_equals_predict_then_evaluate_pred(run, tmp_path):
+    """For all sequences, and for two of them where the brain they show is the same."""
+    nifti = run.parents[1] / "nifti"
+    summary = evaluate_run(run)["subsets"]
+    for subset in ("flair+t1+t1ce+t2", "t1ce+t2"):
+        source = tmp_path / subset
+        for subject in read_splits(run.parents[1] / "shards").test:
+            folder = source / subject
+            folder.mkdir(parents=True)
+            for name in subset.split("+"):
+                shutil.copy(nifti / subject / f"{subject}_{name}.nii.gz", folder)
+        predict_folder(run, source, tmp_path / f"{subset}-out")
+        scored = evaluate_predictions(tmp_path / f"{subset}-out", nifti, "phantom", tmp_path / f"{subset}-scores")
+        assert list(scored["subsets"]) == [subset]
+        for region, expected in summary[subset].items():
+            got = scored["subsets"][subset][region]
+            assert {k: got[k] for k in (*COUNTS, "dice", "dice_nonempty")} == {k: expected[k] for k in (*COUNTS, "dice", "dice_nonempty")}
+            assert got["hd95_mm"] == pytest.approx(expected["hd95_mm"], rel=1e-6)
+        assert summary[subset]["WT"]["dice"] > 0.1  # there is something to agree on
+
+
+def test_label_maps_keep_the_grid_and_drop_the_texts(run, case, tmp_path):
+    source = nib.load(scan(case, "flair"))
+    tilted = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.1, 0.05, 0) @ np.diag([-2.0, -2.0, 3.0]), [10.0, 20, -30])
+    for name in ("flair", "t1", "t1ce", "t2"):
+        image = nib.Nifti1Image(voxels(scan(case, name)), tilted)
+        image.set_sform(tilted, 2)
+        image.set_qform(tilted, 1)
+        image.header["descrip"], image.header["aux_file"] = b"Jane Doe", b"/home/jane"
+        image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe"))
+        nib.save(image, scan(case, name))
+    (written,) = predict_folder(run, case.parent, tmp_path / "out")
+    result, source = nib.load(written), nib.load(scan(case, "flair"))
+    assert result.shape == source.shape and result.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(result.affine, source.affine)
+    for form in ("get_qform", "get_sform"):
+        (matrix, code), (expected, expected_code) = getattr(result, form)(coded=True), getattr(source, form)(coded=True)
+        assert code == expected_code
+        np.testing.assert_allclose(matrix, expected, atol=1e-5)
+    assert result.header["descrip"] == b"" and result.header["aux_file"] == b"" and not result.header.extensions
+    assert set(np.unique(voxels(written))) <= {0, 1, 2, 4} and voxels(written).any()
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL"])
+def test_left_stays_left_in_every_orientation(run, case, tmp_path, codes):
+    """The prediction of a reoriented case is the reoriented prediction."""
+    (plain,) = predict_folder(run, case.parent, tmp_path / "plain")
+    turn = None
+    for name in ("flair", "t1", "t1ce", "t2"):
+        image = nib.load(scan(case, name))
+        turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(codes))
+        nib.save(image.as_reoriented(turn), scan(case, name))
+    (turned,) = predict_folder(run, case.parent, tmp_path / "turned")
+    expected = nib.load(plain).as_reoriented(turn)
+    assert nib.aff2axcodes(nib.load(turned).affine) == tuple(codes)
+    np.testing.assert_array_equal(voxels(turned), np.asanyarray(expected.dataobj))
+    # lopsided, so that a flip would show
+    assert not np.array_equal(voxels(plain), voxels(plain)[::-1])
+
+
+def test_any_subset_will_do_and_is_said(run, case, tmp_path, capsys):
+    scan(case, "seg").write_bytes(b"labels must not be looked at")
+    scan(case, "t1").unlink()
+    predict_folder(run, case.parent, tmp_path / "three")
+    assert f"{SUBJECT}: flair+t1ce+t2" in capsys.readouterr().out
+    scan(case, "flair").unlink()
+    scan(case, "t2").unlink()
+    predict_folder(run, case.parent, tmp_path / "one")
+    assert json.loads((tmp_path / "one" / "predictions.json").read_text()) == {SUBJECT: "t1ce"}
+    assert not np.array_equal(voxels(tmp_path / "one" / f"{SUBJECT}.nii.gz"), voxels(tmp_path / "three" / f"{SUBJECT}.nii.gz"))
+
+
+def test_bad_input_is_one_line_and_leaves_nothing_behind(run, case, tmp_path):
+    def fails(match, **named):
+        with pytest.raises(UserError, match=match) as caught:
+            predict_folder(run, case.parent, named.pop("output", tmp_path / "out"), **named)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+    fails("exists already; choose another --output", output=case)
+    fails("spec phantom_7t: the run knows no sequence t1_3t", spec="phantom_7t")
+    image = nib.load(scan(case, "t2"))
+    nib.save(nib.Nifti1Image(voxels(scan(case, "t2"))[:-1], image.affine), scan(case, "t2"))
+    fails("shape .* differs from .*flair.nii.gz")
+    whole = scan(case, "t2").read_bytes()
+    scan(case, "t2").write_bytes(whole[: len(whole) // 2])
+    fails("t2.nii.gz: truncated or not a NIfTI")
+
+
+def test_predictions_that_cannot_be_scored_are_refused(run, case, tmp_path):
+    def fails(match, pred, ref=case.parent, spec="phantom"):
+        with pytest.raises(UserError, match=match) as caught:
+            evaluate_predictions(pred, ref, spec, tmp_path / "scores")
+        assert "\n" not in str(caught.value) and not (tmp_path / "scores").exists()
+
+    pred = tmp_path / "pred"
+    pred.mkdir()
+    fails("no predictions; expected <subject>.nii.gz", pred)
+    labels = nib.load(scan(case, "seg"))
+    stranger = pred / "Stranger.nii.gz"
+    nib.save(labels, stranger)
+    fails("no truth for subject Stranger", pred)
+    stranger.rename(pred / f"{SUBJECT}.nii.gz")
+    moved = labels.affine.copy()
+    moved[0, 3] += 1
+    nib.save(nib.Nifti1Image(voxels(scan(case, "seg")), moved), pred / f"{SUBJECT}.nii.gz")
+    fails("its grid .* differs", pred)
+    nib.save(nib.Nifti1Image(np.full(labels.shape, 3, np.uint8), labels.affine), pred / f"{SUBJECT}.nii.gz")
+    fails("label values 3 are outside scheme brats2018", pred)
+
+
+def test_truth_may_be_a_flat_folder_of_label_maps(case, tmp_path):
+    for folder in ("pred", "ref"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(scan(case, "seg"), tmp_path / folder / f"{SUBJECT}.nii.gz")
+    summary = evaluate_predictions(tmp_path / "pred", tmp_path / "ref", "phantom", tmp_path / "scores")
+    assert summary["subsets"]["given"]["WT"]["dice"] == 1.0 and summary["split"] == "given"
+    assert json.loads((tmp_path / "scores" / "summary.json").read_text()) == summary
+
+
+def test_export_carries_what_is_needed_and_nothing_that_identifies(run, tmp_path):
+    folder = export(run, tmp_path / "student")
+    facts = json.loads((folder / "mstkd.json").read_text())
+    assert facts["sequences"] == ["flair", "t1", "t1ce", "t2"] and facts["method"]["name"] == "toys.linear"
+    assert facts["label_scheme"]["paint"] == {"WT": 2, "TC": 1, "ET": 4} and facts["intensity"]["kind"] == "zscore"
+    text = (folder / "mstkd.json").read_text()
+    assert str(run.parents[1]) not in text and "Phantom_" not in text and "/" not in text
+    method, _ = method_and_source(run.parents[1] / "shards")
+    torch.nn.init.zeros_(method.networks["student"][0].weight)
+    method.networks["student"].load_state_dict(load_file(folder / "student.safetensors"))
+    assert method.networks["student"][0].weight.sum().item() == pytest.approx(3.0)
+    with pytest.raises(UserError, match="exists already; choose another --out"):
+        export(run, folder)
+    with pytest.raises(UserError, match="choose safetensors"):
+        export(run, tmp_path / "onnx", "onnx")

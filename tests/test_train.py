@@ -1,0 +1,180 @@
+"""Training through the composition root: the real recipe, data, method, DeepSpeed ranks and launchers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+TINY = [
+    "method.network={width: 8, decoder_width: 2, embed_dim: 24, layers: 4, heads: 2, mlp_dim: 48, dropout: 0, fuse_dropout: 0}",
+    "data.crop=[64, 32, 32]", "data.workers=0", "train.precision=fp32", "train.global_batch=2", "train.steps=10", "train.log_every=1",
+    "train.roles={networks: {schedule: {name: constant}}}",  # so that a shorter run is the beginning of a longer one
+    "validate={every_steps: 100, subsets: [flair+t1+t1ce+t2], max_cases: 1}", "inference.overlap=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def overrides(phantom_shards, tmp_path):
+    return [*TINY, f"data.shards={phantom_shards}", f"runs_dir={tmp_path / 'runs'}"]
+
+
+@pytest.fixture(scope="module")
+def one_rank_curve(one_rank, phantom_shards, tmp_path_factory):
+    """Loss terms of ten steps on one rank under ZeRO-0."""
+    runs = tmp_path_factory.mktemp("one-rank")
+    words = [*TINY, f"data.shards={phantom_shards}", f"runs_dir={runs}", "train.zero_stage=0"]
+    return one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words)[0]["curve"]
+
+
+def launch(words, *, cwd, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    return subprocess.Popen(
+        words, cwd=cwd, env={**env, "OMP_NUM_THREADS": "1", **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def losses(metrics: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [(row["step"], row["train/loss_networks"]) for row in rows if "train/loss_networks" in row]
+
+
+def assert_same_curve(got, expected, tolerance=1e-5):
+    assert [step for step, _ in got] == [step for step, _ in expected]
+    for (step, ours), (_, theirs) in zip(got, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert abs(value - theirs[name]) <= tolerance * max(1, abs(theirs[name])), (step, name, value, theirs[name])
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_two_ranks_and_any_zero_stage_give_the_curve_of_one_rank(two_ranks, overrides, one_rank_curve, zero):
+    result = two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, f"train.zero_stage={zero}"])[0]
+    assert_same_curve(result["curve"], one_rank_curve)
+    assert result["curve"][0][1] != result["curve"][9][1]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.slow
+def test_one_rank_gives_the_same_curve_under_zero(one_rank, overrides, one_rank_curve, zero):
+    result = one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, f"train.zero_stage={zero}"])[0]
+    assert_same_curve(result["curve"], one_rank_curve)
+
+
+def test_stop_signal_then_resume_gives_the_uninterrupted_curve(two_ranks, overrides, one_rank_curve, tmp_path):
+    first = two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=overrides, stop_at=4)
+    assert [r["stopped_by"] for r in first] == ["SIGTERM", "SIGTERM"]
+    assert 4 <= first[0]["curve"][-1][0] < 10
+    second = two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, "resume=required"])[0]
+    assert second["stopped_by"] is None
+    assert_same_curve(second["curve"], one_rank_curve)  # metrics.jsonl holds every step once
+    record = json.loads((tmp_path / "runs/mst_kdnet_phantom/record.json").read_text())
+    assert len(record["attempts"]) == 2
+
+
+@pytest.mark.slow
+def test_killed_process_resumes_from_its_last_checkpoint(overrides, one_rank_curve, tmp_path):
+    metrics = tmp_path / "runs/mst_kdnet_phantom/metrics.jsonl"
+    words = [sys.executable, "-m", "mstkd.train", "mst_kdnet_phantom", *overrides, "checkpoint.every_steps=3"]
+    process = launch(words, cwd=tmp_path)
+    while process.poll() is None and not (metrics.exists() and len(losses(metrics)) >= 5):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    done = launch(words, cwd=tmp_path)
+    assert done.wait() == 0, done.stdout.read()
+    expected = [(step, values["train/loss_networks"]) for step, values in one_rank_curve]
+    assert [s for s, _ in losses(metrics)] == [s for s, _ in expected]
+    assert losses(metrics) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("launcher", [
+    ["deepspeed", "--num_gpus", "2", "--master_port", "29713", "--module", "mstkd.train"],
+    ["torchrun", "--nproc_per_node", "2", "--master_port", "29714", "-m", "mstkd.train"],
+    ["mstkd", "train"],
+], ids=["deepspeed", "torchrun", "mstkd"])  # fmt: skip
+def test_every_launcher_trains_the_same_run(launcher, overrides, one_rank_curve, tmp_path):
+    command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:]]
+    process = launch([*command, "mst_kdnet_phantom", *overrides, "train.steps=3"], cwd=tmp_path)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    run = tmp_path / "runs/mst_kdnet_phantom"
+    world = 1 if launcher[0] == "mstkd" else 2
+    assert json.loads((run / "record.json").read_text())["world_size"] == world
+    assert sorted(p.name for p in (run / "logs").iterdir()) == [f"rank-{r}.log" for r in range(world)]
+    expected = [(step, values["train/loss_networks"]) for step, values in one_rank_curve[:3]]
+    assert losses(run / "metrics.jsonl") == pytest.approx(expected, rel=1e-5)
+    assert "step 3/3" in output and "ETA" in output
+
+
+def test_warm_start_takes_what_fits_and_lists_the_rest(two_ranks, overrides, tmp_path):
+    two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, "train.steps=1", "name=source"])
+    words = [*overrides, "train.steps=1", "name=warm", f"init_from={tmp_path / 'runs/source'}", "method.network.mlp_dim=56"]
+    two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words)
+    text = (tmp_path / "runs/warm/logs/rank-0.log").read_text()
+    assert "mlp" in text and "(56, 24) here" in text and "left as initialised" in text
+    assert "tensors taken" in text
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    (["train.stepz=3"], "unknown key train.stepz; did you mean 'steps'?"),
+    (["train.steps=ten"], "train.steps: Input should be a valid integer"),
+    (["method.tao=3"], "unknown key method.tao"),
+    (["method.name=mst_kd"], "no method 'mst_kd'; known: mst_kdnet"),
+    (["data.crop=[60, 64, 64]"], "data.crop [60, 64, 64]: each axis must be divisible by 32; use [64, 64, 64]"),
+    (["train.precision=fp16"], "train.precision fp16 needs a GPU"),
+    (["data.fold=9"], "fold"),
+    (["data.shards=nowhere"], "nowhere"),
+    (["stages=[warp]"], "'warp' is no stage of mst_kdnet"),
+    (["train.roles={judge: {zero_stage: 1}}"], "has no such role; its roles: networks, critic"),
+    (["init_from=nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    (["resume=required"], "is not a run folder"),
+])  # fmt: skip
+def test_bad_recipe_is_one_line(one_rank, overrides, change, expected):
+    with pytest.raises(AssertionError) as caught:
+        one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, *change])
+    last = str(caught.value).strip().splitlines()[-1]
+    assert last.startswith("mstkd.errors.UserError") and expected in last
+
+
+def test_global_batch_names_the_rank_counts_that_work(two_ranks, overrides):
+    with pytest.raises(AssertionError, match=r"UserError: train.global_batch 3 .*runs on 1 or 3 ranks, not 2"):
+        two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, "train.global_batch=3"])
+
+
+def test_exit_code_and_one_line_before_anything_heavy(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: x\nmethod: {name: mst_kdnet}\ndata: {shards: s, crop: [64, 64, 64]}\ntrain:\n  global_batch: 2\n  stps: 5\n")
+    mstkd = Path(sys.executable).parent / "mstkd"
+    done = subprocess.run([mstkd, "train", str(recipe)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: mine.yaml:6: unknown key train.stps; did you mean 'steps'?"
+
+
+def test_resume_with_a_changed_configuration_names_the_key(one_rank, overrides):
+    words = [*overrides, "train.steps=1"]
+    one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words)
+    for change, expected in ((["method.tau=5"], "method.tau was 7.0 and is now 5.0"), (["resume=never"], "exists and resume=never")):
+        with pytest.raises(AssertionError) as caught:
+            one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*words, *change])
+        assert expected in str(caught.value)
+    again = one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*words, "train.log_every=5"])[0]
+    assert len(again["curve"]) == 1  # finished already; what does not change the updates may change
+
+
+def test_run_folder_holds_the_resolved_recipe(one_rank, overrides, tmp_path):
+    one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, "train.steps=1"])
+    run = tmp_path / "runs/mst_kdnet_phantom"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["method"]["weights"]["content"] == 0.2  # a default, written out
+    assert config["validate"]["max_cases"] == 1
+    record = json.loads((run / "record.json").read_text())
+    assert record["versions"]["torch"] and record["data"]["digest"] and record["seed"] == 0
+    best = run / "distill/checkpoints" / (run / "distill/checkpoints/best").read_text().strip()
+    assert {p.name for p in best.glob("*.safetensors")} == {"networks.safetensors", "critic.safetensors"}

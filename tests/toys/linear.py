@@ -1,0 +1,56 @@
+"""A segmentation method of one convolution per network: nothing to train, results to reason about."""
+
+import torch
+from torch import nn
+
+from mstkd.batch import StepOutput
+from mstkd.config import IntensityConfig, Section
+from mstkd.methods import Method, Role, RoleStep
+
+
+class BothStep(RoleStep):
+    def __init__(self, method):
+        super().__init__()
+        self.teacher, self.student = method.networks["teacher"], method.networks["student"]
+
+    def forward(self, batch, carry, progress):
+        return StepOutput((self.teacher(batch.image) - self.student(batch.visible())).square().mean())
+
+
+class Linear(Method):
+    """Region k where the 3x3x3 mean of a weighted sum of the visible z-scores passes a threshold."""
+
+    class Config(Section):
+        pass
+
+    task, stages = "segmentation", ("distill",)
+    intensity = IntensityConfig()
+
+    def __init__(self, config, facts):
+        self.config, self.facts = config, facts
+        self.networks = {name: self._network(len(facts.sequences), shift) for name, shift in (("student", 0.0), ("teacher", 0.1))}
+
+    def roles(self, stage):
+        return {"both": Role(BothStep(self), ("teacher", "student"))}
+
+    def predict(self, image, available, network="student"):
+        assert not self.networks[network].training
+        return self.networks[network](image)
+
+    def to_labels(self, logits):
+        scheme = self.facts.label_scheme
+        labels = torch.zeros(logits.shape[0], *logits.shape[2:], dtype=torch.uint8, device=logits.device)
+        for k, region in enumerate(scheme.regions):
+            labels[logits[:, k] > 0] = scheme.paint[region]
+        return labels
+
+    @staticmethod
+    def _network(sequences, shift):
+        network = nn.Sequential(nn.Conv3d(sequences, 3, 3, padding=1), nn.Dropout(0.5))
+        with torch.no_grad():
+            network[0].weight.fill_(1 / 27 / sequences)
+            network[0].bias.copy_(torch.tensor([-0.5, -0.7, -0.9]) + shift)
+        return network
+
+
+METHOD = Linear
