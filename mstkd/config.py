@@ -98,12 +98,15 @@ class RoleConfig(Section):
     gradient_clipping: float | None = Field(None, ge=0)
 
 
+Precision = Literal["fp32", "bf16", "fp16"]  # bf16, fp16: autocast over fp32 weights
+
+
 class TrainConfig(Section):
     global_batch: int = Field(ge=1)  # G = ranks x micro_batch x accumulation
     micro_batch: int = Field(1, ge=1)
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # bf16, fp16: autocast over fp32 weights
+    precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     gradient_clipping: float = Field(0.0, ge=0)  # global L2 norm; 0 = off
     max_skipped: int = Field(5, ge=0)  # consecutive non-finite steps before the run stops
@@ -131,6 +134,7 @@ class InferenceConfig(Section):
     window: tuple[int, int, int] | None = None  # default: the training crop
     overlap: float = Field(0.5, ge=0, lt=1)
     batch: int = Field(1, ge=1)  # windows per forward
+    precision: Precision | None = None  # default: as in training
 
 
 class ValidateConfig(Section):
@@ -174,6 +178,12 @@ class RunConfig(Section):
             raise ValueError("method.name is missing: say which method to train, e.g. mst_kdnet")
         return self
 
+    @model_validator(mode="after")
+    def _inference_as_trained(self) -> "RunConfig":
+        if self.inference.precision is None:
+            self.inference = self.inference.model_copy(update={"precision": self.train.precision})
+        return self
+
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
@@ -195,7 +205,7 @@ def find_recipe(recipe: str) -> Path:
     if packaged.is_file():
         return packaged
     names = sorted(p.stem for p in recipe_folder().glob("*.yaml"))
-    raise UserError(f"recipe {recipe}: unknown{_nearest(recipe, names)}; packaged recipes: {', '.join(names)}; or give a path ending in .yaml")
+    raise UserError(f"recipe {recipe}: no such packaged recipe{_nearest(recipe, names)}; or give the path of a file ending in .yaml")
 
 
 def load_config(recipe: str, overrides: list[str] = ()) -> RunConfig:

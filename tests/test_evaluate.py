@@ -203,6 +203,22 @@ def test_other_splits_and_sets_get_their_own_folder(run, shards, tmp_path, capsy
     assert summary["subsets"]["flair"]["WT"]["n"] == 10
 
 
+def test_options_reach_the_figures_and_are_named(evaluated, shards, tmp_path):
+    (tmp_path / "shards").symlink_to(shards)
+    other = write_run(tmp_path, "toy", {"name": "toys.linear"})
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config["evaluate"] = {"networks": ["student"], "empty": "reference", "hd95": "pooled", "lesion_wise": True}
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = evaluate_run(other)
+    assert not (other / "evaluation" / "summary_teacher.json").exists()
+    assert all(set(cell) == CELL | {"lesion_dice", "lesion_hd95_mm"} for cell in summary["mean"].values())
+    notes = summary["conventions"]
+    assert "rewards missed" in notes["hd95_empty"] and "pooled" in notes["hd95_mm"] and "18-connected" in notes["lesion_wise"]
+    usual = read(evaluated / "summary.json")["subsets"]
+    missed = [(s, r) for s, cells in usual.items() for r, cell in cells.items() if cell["missed"]]
+    assert missed and all(summary["subsets"][s][r]["hd95_mm"] < usual[s][r]["hd95_mm"] for s, r in missed)
+
+
 def test_overlap_is_found_by_content_under_another_name(shards, tmp_path):
     nifti = shards.parent / "nifti"
     for number in range(3):

@@ -262,6 +262,30 @@ def test_a_data_base_that_breaks_midway_costs_one_warning(config, caplog):
     assert [record["step"] for record in read_records(config.run_dir / "metrics.jsonl")] == [1, 2, 3, 3]
 
 
+def test_a_run_that_outlives_its_mlflow_still_ends_there(config):
+    database = Path(config.runs_dir) / "mlflow.db"
+    with opened(config) as tracker:
+        stage = tracker.child("student", start_step=0)
+        with sqlite3.connect(database) as connection:
+            connection.execute("drop table metrics")
+        stage.log_metrics({"loss": 1.0}, 1, "student")
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("select distinct status from runs").fetchall() == [("FINISHED",)]
+
+
+def test_mlflow_sends_no_telemetry_even_if_it_was_imported_before():
+    code = """
+import mlflow.telemetry
+print(mlflow.telemetry.get_telemetry_client() is None)
+import mstkd.track.mlflow_tracker
+print(mlflow.telemetry.get_telemetry_client() is None)
+"""
+    # MLflow keeps silent by itself under pytest and CI: hide both
+    plain = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    done = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
 def test_load_of_the_machine_is_sampled(config, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     with opened(config):

@@ -18,6 +18,9 @@ from mstkd.methods import Method
 from mstkd.shards.spec import SubjectMeta
 
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @contextmanager
 def evaluation_mode(method: Method) -> Iterator[None]:
     """Every network in eval mode and without gradient inside; each module's mode as it was afterwards."""
@@ -33,7 +36,7 @@ def evaluation_mode(method: Method) -> Iterator[None]:
 
 
 def predict_labels(
-    method: Method, network: str, image: Tensor, available: Tensor, window: Sequence[int], overlap: float = 0.5, batch: int = 1
+    method: Method, network: str, image: Tensor, available: Tensor, window: Sequence[int], inference: InferenceConfig
 ) -> NDArray[np.uint8]:
     """Label map (X, Y, Z) of `network` for image (1, M, X, Y, Z), hidden sequences filled, and available (1, M) bool.
 
@@ -42,11 +45,12 @@ def predict_labels(
     """
 
     def logits(patch: Tensor) -> Tensor:
-        return method.predict(patch, available.expand(len(patch), -1), network)
+        with torch.autocast(patch.device.type, AUTOCAST.get(inference.precision), enabled=inference.precision in AUTOCAST):
+            return method.predict(patch, available.expand(len(patch), -1), network).float()
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using a non-tuple sequence")  # MONAI's, about its own indexing
-        blended = sliding_window_inference(image, tuple(window), batch, logits, overlap=overlap, mode="gaussian")
+        blended = sliding_window_inference(image, tuple(window), inference.batch, logits, overlap=inference.overlap, mode="gaussian")
     return method.to_labels(blended)[0].to("cpu", torch.uint8).numpy()
 
 
@@ -84,7 +88,5 @@ class Predictor:
         available = torch.tensor([subset], device=self.device)
         # where, not multiplication: NaN in a hidden voxel must not reach the network
         visible = torch.where(available[:, :, None, None, None], volume.image, self.intensity.hidden_value)
-        labels = predict_labels(
-            self.method, network, visible, available, self.window, self.inference.overlap, self.inference.batch
-        )
+        labels = predict_labels(self.method, network, visible, available, self.window, self.inference)
         return labels[volume.inner]

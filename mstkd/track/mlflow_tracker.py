@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # patient data: nothing leaves unasked
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's own 7 delay the end of a run by minutes
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
@@ -26,9 +24,14 @@ from mlflow import MlflowClient  # noqa: E402  (reads the environment above)
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # noqa: E402
+from mlflow.telemetry import set_telemetry_client  # noqa: E402
 
 from mstkd.config import RunConfig, resolved  # noqa: E402
 from mstkd.track.protocol import Status, Tracker  # noqa: E402
+
+# others (MONAI) may have imported MLflow earlier, without the environment above
+set_telemetry_client()
+logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 log = logging.getLogger(__name__)
 
