@@ -79,9 +79,17 @@ def evaluate(
     if (run is None) == (pred is None):
         raise UserError("mstkd evaluate: give either RUN or --pred DIR --ref DIR --spec NAME")
     if run is not None:
+        from mstkd.console import log_to_console
+        from mstkd.engine import backend
+        from mstkd.engine.distributed import resolve_environment
         from mstkd.evaluate.run import evaluate_run
 
-        evaluate_run(run, data, split, allow_overlap)
+        ranks = resolve_environment()
+        log_to_console(ranks.rank)
+        if ranks.world > 1:
+            backend.start(ranks)
+        evaluate_run(run, data, split, allow_overlap, ranks.rank, ranks.world)
+        backend.shutdown()
     else:
         if ref is None or spec is None:
             raise UserError("mstkd evaluate --pred: --ref DIR and --spec NAME are needed too")

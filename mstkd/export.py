@@ -25,13 +25,13 @@ def export(run_dir: Path, out: Path, format: Literal["safetensors"] = "safetenso
         raise UserError(f"{out}: exists already; choose another --out or remove it")
     run = open_run(run_dir)
     name, config = run.networks[0], run.config
-    scheme = run.source.label_scheme
+    scheme = run.facts.label_scheme
     facts = {
         "mstkd": __version__,
         "network": name,
         "method": config.method,
-        "dataset": run.source.dataset,
-        "sequences": run.source.sequences,
+        "dataset": run.dataset,
+        "sequences": run.facts.sequences,
         "label_scheme": scheme.model_dump(mode="json") if scheme else None,
         "intensity": run.method.intensity.model_dump(mode="json"),
         "crop": config.data.crop,

@@ -30,9 +30,9 @@ def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = 
     if output.exists():
         raise UserError(f"{output}: exists already; choose another --output or remove it")
     run = open_run(run_dir)
-    dataset = load_spec(spec or run.source.stores[0].index.dataset)
-    if unknown := [name for name in dataset.sequences if name not in run.source.sequences]:
-        raise UserError(f"spec {dataset.name}: the run knows no sequence {unknown[0]}, only {', '.join(run.source.sequences)}; choose another --spec")
+    dataset = load_spec(spec or run.dataset)
+    if unknown := [name for name in dataset.sequences if name not in run.facts.sequences]:
+        raise UserError(f"spec {dataset.name}: the run knows no sequence {unknown[0]}, only {', '.join(run.facts.sequences)}; choose another --spec")
     cases = dataset.find_cases(Path(input), require_complete=False)
     predictor, console = run.predictor(), Console()
     partial = output.with_name(f".{output.name}.partial")

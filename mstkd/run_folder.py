@@ -69,6 +69,25 @@ def data_digest(config: RunConfig) -> str:
     return digest.hexdigest()
 
 
+def data_facts(config: RunConfig) -> dict:
+    """What must be known of the training data to use the run without it."""
+    indices = [read_index(Path(shard_set.path)) for shard_set in config.data.shards]
+    return {
+        "names": [index.dataset for index in indices],
+        "sequences": list(indices[0].sequences),
+        "label_scheme": indices[0].label_scheme,
+        "digest": data_digest(config),
+    }
+
+
+def read_record(folder: Path) -> dict:
+    """The record of a run folder. Raises UserError if it has none."""
+    path = Path(folder) / "record.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: no record.json; the run was never started")
+    return json.loads(path.read_text())
+
+
 def record_attempt(config: RunConfig, world_size: int) -> dict:
     """Add this start to record.json and return the record, whose `attempts` list has one entry per start."""
     path = config.run_dir / "record.json"
@@ -78,7 +97,7 @@ def record_attempt(config: RunConfig, world_size: int) -> dict:
         "versions": {name: metadata.version(name) for name in RECORDED},
         "python": platform.python_version(),
         "seed": config.seed,
-        "data": {"names": [read_index(Path(s.path)).dataset for s in config.data.shards], "digest": data_digest(config)},
+        "data": data_facts(config),
         "world_size": world_size,
     }
     record["attempts"].append({"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": world_size})

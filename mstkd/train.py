@@ -6,7 +6,6 @@ Entry of `mstkd train RECIPE`, `deepspeed --num_gpus N --module mstkd.train RECI
 import logging
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from mstkd import methods, run_folder
 from mstkd.config import RunConfig, load_config
+from mstkd.console import log_to_console
 from mstkd.data.intensity import Intensity
 from mstkd.data.loader import TrainLoader, check_batching
 from mstkd.data.training import TrainingSet, open_training
@@ -132,19 +132,6 @@ def _trackers(config: RunConfig, method: Method, ranks: Ranks) -> Tracker:
     tags = {"git": (record["git"] or {}).get("commit", "none"), "ranks": ranks.world, "task": method.task}
     dataset = {"name": "+".join(record["data"]["names"]), "digest": record["data"]["digest"]}
     return open_trackers(config, config.run_dir, attempt=len(record["attempts"]), tags=tags, dataset=dataset)
-
-
-def log_to_console(rank: int) -> None:
-    """Progress on stderr, from rank 0 alone; everything goes to the run folder's log of each rank."""
-    # Deprecations inside DeepSpeed and MONAI, once per rank and call site: nothing a user could act on
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"monai\.inferers")
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("mstkd").setLevel(logging.INFO)
-    console = logging.StreamHandler()
-    console.setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
-    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logging.getLogger().addHandler(console)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from mstkd.evaluate.scenarios import all_subsets
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.validation import Validation
 from mstkd.methods import DataFacts, build
+from mstkd.run_folder import record_attempt
 from mstkd.shards.build import build as build_shards
 from mstkd.shards.phantom import write_phantom
 
@@ -38,6 +39,7 @@ def write_run(root: Path, name: str, method: dict) -> Path:
     best = config.run_dir / "distill" / "checkpoints" / "step-00000001"
     best.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved(config)))
+    record_attempt(config, world_size=1)
     built, _ = method_and_source(root / "shards", method)
     weights = {f"{name}.{key}": value.clone() for name, net in built.networks.items() for key, value in net.state_dict().items()}
     save_file(weights, best / "both.safetensors")

@@ -59,7 +59,7 @@ def case_pictures(
             black = sample.image[0].min()
             pictures.append(
                 CasePicture(
-                    title=f"{rank}\n{subject}",
+                    title=rank,  # no subject key: pictures go to MLflow
                     background=np.where(sample.brain, sample.image[0], black),
                     truth=labelled(source, subject),
                     truth_scheme=source.label_scheme,

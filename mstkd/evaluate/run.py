@@ -25,6 +25,7 @@ from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.shards.dataset import DatasetSpec, load_spec
 from mstkd.shards.preprocess import AFFINE_TOLERANCE_MM, read_volume
 from mstkd.shards.spec import LabelScheme
+from mstkd.track import open_evaluation
 
 
 def evaluate_run(
@@ -41,7 +42,7 @@ def evaluate_run(
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
     notes = conventions(run.config.evaluate) | _overlap_note(run, source, split, allow_overlap)
-    predictor, scheme = run.predictor(), run.source.label_scheme
+    predictor, scheme = run.predictor(), run.facts.label_scheme
     networks = _networks(run)
     subsets = all_subsets(source.sequences)
     rows = score_subjects(predictor, networks, source, subjects, subsets, scheme, run.config.evaluate, rank, world)
@@ -55,7 +56,9 @@ def evaluate_run(
         complete = set(source.complete(subjects))
         chosen = best_median_worst([row for row in rows if row.network == networks[0] and row.subject in complete])
         pictures = case_pictures(predictor, networks[0], source, chosen, scheme)
+        facts["pictured"] = ", ".join(f"{rank} {subject}" for rank, subject in chosen.items())
         write_report(folder / "report.html", f"Evaluation of {run.config.name}", facts, summaries, draw_figures(folder, summaries, pictures))
+        _track(run, folder, summaries)
         for network, summary in summaries.items():
             print_table(summary, f"{run.config.name}, {network}, {split} split of {source.dataset}, {len(subjects)} cases")
         Console().print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
@@ -95,6 +98,19 @@ def evaluate_predictions(
     return summary
 
 
+def _track(run: TrainedRun, folder: Path, summaries: dict[str, dict]) -> None:
+    """The means, the figures and the tables as a child of the run in MLflow."""
+    with open_evaluation(run.config, run.folder, folder.relative_to(run.folder).as_posix().replace("/", "-")) as tracker:
+        for network, summary in summaries.items():
+            for subset, regions in (*summary["subsets"].items(), ("mean", summary["mean"])):
+                for region, figures in regions.items():
+                    values = {f"{network}/{key}/{region}/{subset}": value for key, value in figures.items() if value is not None}
+                    tracker.log_metrics(values, 0, "evaluation")
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                tracker.log_artifact(path, "evaluation")
+
+
 def _label_maps(folder: Path) -> dict[str, Path]:
     return {path.name.removesuffix(".nii.gz"): path for path in sorted(folder.glob("*.nii.gz"))}
 
@@ -129,8 +145,8 @@ def _read_labels(path: Path, scheme: LabelScheme) -> tuple[NDArray[np.uint8], ND
 def _check_data(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str]) -> None:
     if not subjects:
         raise UserError(f"split {split} of data set {source.dataset} is empty; choose another --split")
-    if source.sequences != run.source.sequences:
-        theirs, ours = ", ".join(source.sequences), ", ".join(run.source.sequences)
+    if source.sequences != run.facts.sequences:
+        theirs, ours = ", ".join(source.sequences), ", ".join(run.facts.sequences)
         raise UserError(f"data set {source.dataset} has sequences {theirs}; the run was trained on {ours}, in that order")
 
 
@@ -178,7 +194,7 @@ def _facts(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[s
     facts = {
         "method": run.config.method["name"],
         "data": f"{source.dataset}, {split} split, {len(subjects)} cases",
-        "trained on": f"{run.source.dataset}, fold {run.config.data.fold}",
+        "trained on": f"{run.dataset}, fold {run.config.data.fold}",
         "window": f"{' x '.join(map(str, run.config.inference.window or run.config.data.crop))} voxels, overlap {run.config.inference.overlap:g}",
     }
     if baseline:

@@ -1,6 +1,7 @@
 """A trained run as it lies on disk: its recipe, its data, its method with the best weights."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.source import CaseSource
 from mstkd.methods import DataFacts, Method, build
-from mstkd.run_folder import read_run_config
+from mstkd.run_folder import read_record, read_run_config
+from mstkd.shards.spec import LABEL_SCHEMES
 
 
 @dataclass(frozen=True)
@@ -21,31 +23,39 @@ class TrainedRun:
 
     folder: Path
     config: RunConfig
-    source: CaseSource  # the run's own data
+    dataset: str  # name of the (first) data set it was trained on
+    facts: DataFacts
     method: Method
     networks: tuple[str, ...]  # loaded ones that the method scores; the first is what the run is for
+
+    @cached_property
+    def source(self) -> CaseSource:
+        """The run's own data. Raises UserError if the shards are not here."""
+        return CaseSource(open_stores(self.config.data))
 
     def predictor(self) -> Predictor:
         """Whole-volume prediction on the GPU if there is one."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for network in self.method.networks.values():
             network.to(device)
-        return Predictor(self.method, self.source.sequences, self.config.data.crop, self.config.inference, device)
+        return Predictor(self.method, self.facts.sequences, self.config.data.crop, self.config.inference, device)
 
 
 def open_run(run_dir: Path) -> TrainedRun:
-    """The run in `run_dir` with its best weights. Raises UserError: no run, no data, no checkpoint, another task."""
+    """The run in `run_dir` with its best weights. Raises UserError: no run, no checkpoint, another task."""
     run_dir = Path(run_dir)
     config = read_run_config(run_dir)
-    source = CaseSource(open_stores(config.data))
-    method = build(config.method, DataFacts(source.sequences, source.label_scheme, config.data.crop), str(run_dir / "config.yaml"))
+    data = read_record(run_dir)["data"]
+    scheme = LABEL_SCHEMES[data["label_scheme"]] if data["label_scheme"] else None
+    facts = DataFacts(tuple(data["sequences"]), scheme, config.data.crop)
+    method = build(config.method, facts, str(run_dir / "config.yaml"))
     if method.task != "segmentation":
         raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; only segmentation can be evaluated and predicted")
     loaded = load_networks(run_dir, method)
     networks = tuple(name for name in method.scored if name in loaded)
     if not networks:
         raise UserError(f"{run_dir}: none of {', '.join(method.scored)} is trained yet; train the run's next stage")
-    return TrainedRun(run_dir, config, source, method, networks)
+    return TrainedRun(run_dir, config, data["names"][0], facts, method, networks)
 
 
 def best_files(run_dir: Path, stage: str) -> list[Path]:

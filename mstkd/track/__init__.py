@@ -6,7 +6,7 @@ from mstkd.config import RunConfig
 from mstkd.track.jsonl import JsonlTracker
 from mstkd.track.protocol import CompositeTracker, NullTracker, Status, Tracker
 
-__all__ = ["CompositeTracker", "NullTracker", "Status", "Tracker", "open_trackers"]
+__all__ = ["CompositeTracker", "NullTracker", "Status", "Tracker", "open_evaluation", "open_trackers"]
 
 
 def open_trackers(
@@ -22,3 +22,10 @@ def open_trackers(
     tracker = CompositeTracker([JsonlTracker(run_dir / "metrics.jsonl", attempt), *open_mlflow(config, run_dir, dataset)])
     tracker.set_tags({"method": config.method["name"], "attempt": attempt, "data_digest": dataset["digest"], **tags})
     return tracker
+
+
+def open_evaluation(config: RunConfig, run_dir: Path, name: str) -> Tracker:
+    """Where an evaluation's figures go: the child `name` of the training run that `run_dir/mlflow.json` names."""
+    from mstkd.track.mlflow_tracker import open_evaluation as open_child
+
+    return open_child(config, run_dir, name)

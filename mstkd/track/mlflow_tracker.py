@@ -36,7 +36,7 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 log = logging.getLogger(__name__)
 
 DIGEST_CHARS = 36  # as many as MLflow's data base holds
-IDENTIFYING_FILES = {"per_case.csv", "config.yaml", "record.json"}  # subject keys, paths
+IDENTIFYING_FILES = {"per_case.csv", "report.html", "config.yaml", "record.json"}  # subject keys, paths
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page then opens on training runs
 PATH_KEYS = {"runs_dir", "path", "cache_dir", "init_from", "uri"}
 
@@ -121,7 +121,7 @@ class Session:
         return run_id, existed
 
     def _run(self, known: str | None, name: str, tags: dict[str, str]) -> tuple[str, bool]:
-        if known is not None and self._exists(known):
+        if known is not None and self.exists(known):
             self.client.update_run(known, status="RUNNING")
             return known, True
         source = {"mlflow.user": "mstkd", "mlflow.source.name": "mstkd"}
@@ -130,7 +130,7 @@ class Session:
         run = self.client.create_run(self.experiment_id, run_name=name, tags=source | tags)
         return run.info.run_id, False
 
-    def _exists(self, run_id: str) -> bool:
+    def exists(self, run_id: str) -> bool:
         try:
             self.client.get_run(run_id)
         except MlflowException as error:
@@ -245,6 +245,32 @@ def open_mlflow(config: RunConfig, run_dir: Path, dataset: dict[str, str]) -> li
         return []
     run.log_params(run_params(config))
     return [run]
+
+
+class EvaluationRun(MlflowTracker):
+    """The evaluation's child run, opened after training: the parent's status stays what it was."""
+
+    def finish(self, status: Status) -> None:
+        super().finish(status)
+        self._writer.close()
+
+
+def open_evaluation(config: RunConfig, run_dir: Path, name: str) -> Tracker:
+    """The child run `name` of a tracked training run; one that keeps nothing if there is none or MLflow cannot be used."""
+    writer = Writer()
+
+    def start() -> EvaluationRun | None:
+        session = Session(config.model_copy(update={"runs_dir": str(run_dir.parent)}), run_dir)
+        if session.ids.run_id is None or not session.exists(session.ids.run_id):
+            return None
+        run_id, _ = session.child(session.ids.run_id, name)
+        return EvaluationRun(session, writer, run_id, replays=False)
+
+    run = writer.now(start)
+    if run is None:
+        writer.close()
+        return Tracker()
+    return run
 
 
 def tracking_uri(config: RunConfig) -> str:
