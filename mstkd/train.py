@@ -139,6 +139,7 @@ def logged_to_file(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     """Everything this rank says goes to logs/rank-<n>.log of the run folder, too."""
     handler = logging.FileHandler(run_dir / "logs" / f"rank-{ranks.rank}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("mstkd").setLevel(logging.INFO)
     logging.getLogger().addHandler(handler)
     try:
         yield

@@ -13,7 +13,8 @@ from mstkd.engine.schedule import lr_factor
 from mstkd.errors import UserError
 from mstkd.methods import DataFacts, build
 from mstkd.methods.mst_kdnet import MSTKDNet, MSTKDNetConfig, TumourChannels
-from mstkd.models.mst_kdnet import Conv3d, MSTKDNetwork
+from mstkd.models.convolution import Conv3d
+from mstkd.models.mst_kdnet import MSTKDNetwork
 from mstkd.models.style_critic import StyleCritic
 from mstkd.models.transformer_unet import Attention, BatchNorm3d
 from mstkd.shards.spec import LABEL_SCHEMES
@@ -117,11 +118,24 @@ def test_position_embedding_is_resampled_on_the_token_grid():
     torch.testing.assert_close(resampled, torch.tensor([0.0, 0.25, 0.75, 1.0])[:, None].expand(4, 2))  # along X, the same for every Z
 
 
-def test_convolution_layout_changes_nothing_but_speed():
-    layer, x = Conv3d(8, 16, 3, stride=2, padding=1), torch.randn(2, 8, 6, 6, 6)
-    plain = torch.nn.functional.conv3d(x, layer.weight, layer.bias, stride=2, padding=1)
-    torch.testing.assert_close(layer(x), plain)
-    assert layer(x).is_contiguous()
+@pytest.mark.parametrize("size", [(2, 2, 2), (2, 4, 4), (4, 4, 2), (8, 8, 8)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bf16_convolution_and_its_gradients_are_right_on_small_maps(size, stride):
+    layer, x = Conv3d(64, 64, stride), torch.randn(1, 64, *size).bfloat16().float().requires_grad_()
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.bfloat16())
+    plain = torch.nn.functional.conv3d(x, layer.weight, layer.bias, stride=stride, padding=1)
+    signal = torch.randn(plain.shape).bfloat16().float()
+    expected = [plain, *torch.autograd.grad(plain, (x, layer.weight), signal)]
+    del plain
+    for _ in range(8):
+        poison = [torch.full((n,), 1e30) for n in (1000, 100_000, 400_000)]  # what freed memory may hold
+        del poison
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = layer(x)
+        assert output.is_contiguous()
+        for got, want in zip([output, *torch.autograd.grad(output, (x, layer.weight), signal.to(output.dtype))], expected, strict=True):
+            torch.testing.assert_close(got.float(), want, atol=0.02 * want.abs().max().item(), rtol=0)
 
 
 def test_tapped_and_fused_attention_agree():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mstkd.models.convolution import Conv3d
 from mstkd.models.transformer_unet import PATCH, TransformerUNet, norm_factory
 
 STRIDE = 8 * PATCH  # image voxels per token and axis: what a crop must be divisible by
@@ -51,11 +52,11 @@ class MSTKDNetwork(nn.Module):
         super().__init__()
         w, w2, w4, w8 = (width * k for k in (1, 2, 4, 8))
         grid = tuple(size // STRIDE for size in crop)
-        self.stem = nn.Sequential(_conv(in_channels, w), ResidualBlock(w))
-        self.down1 = nn.Sequential(_conv(w, w2, stride=2), ResidualBlock(w2), ResidualBlock(w2))
-        self.down2 = _conv(w2, w4, stride=2)
+        self.stem = nn.Sequential(Conv3d(in_channels, w), ResidualBlock(w))
+        self.down1 = nn.Sequential(Conv3d(w, w2, stride=2), ResidualBlock(w2), ResidualBlock(w2))
+        self.down2 = Conv3d(w2, w4, stride=2)
         self.blocks2 = nn.Sequential(ResidualBlock(w4), ResidualBlock(w4))
-        self.down3 = _conv(w4, w8, stride=2)
+        self.down3 = Conv3d(w4, w8, stride=2)
         self.transformer = TransformerUNet(
             width, decoder_width, grid, embed_dim, layers, heads, mlp_dim, dropout, norm_factory(norm, bn_eval)
         )
@@ -86,7 +87,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        layers = [layer for _ in range(2) for layer in (nn.GroupNorm(8, channels), nn.ReLU(), _conv(channels, channels))]
+        layers = [layer for _ in range(2) for layer in (nn.GroupNorm(8, channels), nn.ReLU(), Conv3d(channels, channels))]
         self.body = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,20 +104,3 @@ class Up(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.block(F.interpolate(self.reduce(x), scale_factor=2, mode="nearest") + skip)
-
-
-class Conv3d(nn.Conv3d):
-    """A convolution that runs channels-last on a CPU.
-
-    There the weight gradient of a few channels is several times faster in bf16; the layout goes back because group
-    normalisation is slow in it.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return super().forward(x)
-        return super().forward(x.contiguous(memory_format=torch.channels_last_3d)).contiguous()
-
-
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv3d:
-    return Conv3d(inputs, outputs, 3, stride=stride, padding=1)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mstkd.models.convolution import Conv3d
+
 PATCH = 4  # voxels of the input map per token and axis
 
 Norm = Callable[[int], nn.Module]
@@ -162,7 +164,7 @@ def _upsample(inputs: int, outputs: int) -> nn.Module:
 
 
 def _conv(inputs: int, outputs: int, norm: Norm, stride: int = 1) -> nn.Module:
-    return nn.Sequential(nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1), norm(outputs), nn.ReLU())
+    return nn.Sequential(Conv3d(inputs, outputs, stride), norm(outputs), nn.ReLU())
 
 
 def _up_conv(inputs: int, outputs: int, norm: Norm) -> nn.Module:
