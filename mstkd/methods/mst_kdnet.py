@@ -61,7 +61,7 @@ class WeightConfig(Section):
 
     dice_teacher: float = Field(0.4, ge=0)
     dice_student: float = Field(0.6, ge=0)
-    bce: float = Field(0.0, ge=0)  # companion of Dice, shared out like it; helps where a target channel is empty
+    bce: float = Field(0.0, ge=0)  # companion of Dice, shared out like it: Dice has no gradient in a saturated channel or an empty target
     consistency: float = Field(10.0, ge=0)  # reached after `ramp_epochs`
     kl: float = Field(1.0, ge=0)
     content: float = Field(0.2, ge=0)
