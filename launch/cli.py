@@ -190,5 +190,5 @@ def _first_line(method: type) -> str:
 
 
 def _fail(message: str) -> None:
-    typer.secho(message, fg=typer.colors.RED, err=True)
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
     sys.exit(2)

@@ -14,7 +14,7 @@ from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.scenarios import subset_name
 from mstkd.evaluate.weights import open_run
-from mstkd.shards.dataset import Case, load_spec
+from mstkd.shards.dataset import Case, known_specs, load_spec
 from mstkd.shards.preprocess import preprocess, restore
 
 
@@ -30,6 +30,8 @@ def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = 
     if output.exists():
         raise UserError(f"{output}: exists already; choose another --output or remove it")
     run = open_run(run_dir)
+    if spec is None and run.dataset not in known_specs():
+        raise UserError(f"{run_dir}: its data set {run.dataset} has no packaged spec; say how files are named with --spec FILE")
     dataset = load_spec(spec or run.dataset)
     if unknown := [name for name in dataset.sequences if name not in run.facts.sequences]:
         raise UserError(f"spec {dataset.name}: the run knows no sequence {unknown[0]}, only {', '.join(run.facts.sequences)}; choose another --spec")

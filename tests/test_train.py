@@ -162,7 +162,7 @@ def test_exit_code_and_one_line_before_anything_heavy(tmp_path):
     mstkd = Path(sys.executable).parent / "mstkd"
     done = subprocess.run([mstkd, "train", str(recipe)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == "mine.yaml:6: unknown key train.stps; did you mean 'steps'?"
+    assert done.stderr.strip() == "error: mine.yaml:6: unknown key train.stps; did you mean 'steps'?"
 
 
 def test_resume_with_a_changed_configuration_names_the_key(one_rank, overrides):
