@@ -6,7 +6,7 @@ import torch
 
 from mstkd import methods
 from mstkd.batch import Batch
-from mstkd.config import RunConfig
+from mstkd.config import OptimizerConfig, RoleConfig, RunConfig
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine
 from mstkd.engine.checkpoint import Checkpoints
@@ -36,15 +36,19 @@ def micro_batch(step: int, j: int) -> Batch:
     return Batch(image, torch.ones(1, 8, 8, 8, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool), available, [f"s{j}"], label)
 
 
-def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5):
+def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
+          clipping=0.0, optimizer=None):  # fmt: skip
     """Train the toy; returns (log rows, final weights of the student, engine step counts)."""
     ranks = resolve_environment()
     backend.start(ranks)
     config = RunConfig.model_validate({
         "name": "toy", "method": {"name": "toys.co_trained", **(method or {})}, "data": {"shards": "none", "crop": [8, 8, 8]},
-        "train": {"global_batch": 4, "steps": steps, "precision": precision, "zero_stage": zero, "log_every": 1, "max_skipped": max_skipped},
+        "train": {"global_batch": 4, "steps": steps, "precision": precision, "zero_stage": zero, "log_every": 1, "max_skipped": max_skipped,
+                  "gradient_clipping": clipping},
         "validate": {"every_steps": 5}, "checkpoint": {"every_steps": every_steps, "keep": keep},
     })  # fmt: skip
+    if optimizer:
+        config.train.roles["networks"] = RoleConfig(optimizer=OptimizerConfig(name=optimizer, lr=0.1))
     facts = methods.DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], (8, 8, 8))
 
     def build():

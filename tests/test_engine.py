@@ -35,6 +35,18 @@ def test_curve_is_the_same_for_every_rank_count_and_zero_stage(pool, zero, refer
             np.testing.assert_array_equal(value, result["weights"]["student"][key])
 
 
+def test_clipping_acts_when_asked_for_and_alike_under_every_stage(one_rank, two_ranks, tmp_path):
+    curves = {}
+    for zero in (0, 1, 2, 3):
+        rows = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / str(zero)), zero=zero, clipping=0.05)[0]
+        curves[zero] = curve(rows)
+        assert max(abs(curves[zero][s] - curves[0][s]) for s in curves[0]) < 1e-5
+    plain = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path / "sgd"), zero=1, optimizer="sgd")[0]
+    clipped = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path / "sgd-clipped"), zero=1, optimizer="sgd", clipping=0.05)[0]
+    first, second = (curve(plain), curve(clipped))
+    assert first[1] == second[1] and abs(first[3] - second[3]) > 1e-3
+
+
 def test_roles_run_by_their_schedule(two_ranks, tmp_path):
     rows = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), method={"critic_every": 3})[0]
     assert list(curve(rows, "train/loss_critic")) == [3, 6, 9]
