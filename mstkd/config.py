@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from mstkd.errors import UserError
 
@@ -171,6 +171,7 @@ class RunConfig(Section):
     validation: ValidateConfig = Field(ValidateConfig(), alias="validate")  # pydantic owns the name `validate`
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
+    _origin: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _method_named(self) -> "RunConfig":
@@ -187,6 +188,11 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.name
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Where each key was given, for messages: {"train.steps": "recipe.yaml:12"}."""
+        return self._origin
 
 
 def recipe_folder() -> Path:
@@ -218,7 +224,9 @@ def load_config(recipe: str, overrides: list[str] = ()) -> RunConfig:
         _assign(values, key, value, override)
         origin = {k: v for k, v in origin.items() if k != key and not k.startswith(key + ".")}
         origin[key] = f"override {override!r}"
-    return validate_section(RunConfig, values, "", path.name, origin)
+    config = validate_section(RunConfig, values, "", path.name, origin)
+    config._origin = origin
+    return config
 
 
 def parse_override(override: str) -> tuple[str, Any]:

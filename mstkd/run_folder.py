@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+from fnmatch import fnmatchcase as fnmatch
 from importlib import metadata
 from pathlib import Path
 
@@ -20,19 +21,24 @@ from mstkd.shards.spec import read_index
 
 RECORDED = ("mstkd", "torch", "deepspeed", "monai", "webdataset", "mlflow", "numpy", "nibabel")
 # What may differ between attempts of one run: none of it changes the updates. Everything else does.
-FREE = ("resume", "runs_dir", "data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples", "train.log_every",
-        "train.max_skipped", "checkpoint", "inference", "evaluate", "tracking")  # fmt: skip
+# The data's bytes are compared by digest, so that a shard set may move.
+FREE = ("resume", "runs_dir", "stages", "data.shards.*.path", "data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples",
+        "train.log_every", "train.max_skipped", "checkpoint", "validate.every_steps", "inference", "evaluate", "tracking")  # fmt: skip
 
 
 def open_run(config: RunConfig) -> None:
-    """Create the run folder, or check that this configuration may continue in it. Raises UserError."""
+    """Create the run folder, or check that this configuration and data may continue in it. Raises UserError.
+
+    Until a checkpoint exists there is nothing to continue, and everything may still change.
+    """
     folder, path = config.run_dir, config.run_dir / "config.yaml"
-    if path.is_file():
+    if next(folder.glob("*/checkpoints/step-*"), None):
         if config.resume == "never":
             raise UserError(f"run folder {folder} exists and resume=never; choose another name=... or use resume=auto")
         check_same(read_run_config(folder), config)
+        check_same_data(read_record(folder)["data"], config)
     elif config.resume == "required":
-        raise UserError(f"resume=required: {folder} is not a run folder; check name and runs_dir, or use resume=auto")
+        raise UserError(f"resume=required: {folder} holds no checkpoint; check name and runs_dir, or use resume=auto")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     partial.write_text(yaml.safe_dump(resolved(config), sort_keys=False))
@@ -52,11 +58,20 @@ def check_same(before: RunConfig, now: RunConfig) -> None:
     """Raise UserError naming the first key whose change would make the resumed run another run."""
     old, new = dict(_leaves(resolved(before))), dict(_leaves(resolved(now)))
     for key in sorted({*old, *new}):
-        if any(key == free or key.startswith(free + ".") for free in FREE) or old.get(key) == new.get(key):
+        if any(fnmatch(key, free) or fnmatch(key, free + ".*") for free in FREE) or old.get(key) == new.get(key):
             continue
         raise UserError(
             f"{now.run_dir}: {key} was {old.get(key)!r} and is now {new.get(key)!r}; "
             "a resumed run keeps its configuration: undo the change, or start another run with name=..."
+        )
+
+
+def check_same_data(before: dict, config: RunConfig) -> None:
+    """Raise UserError if the shard sets are not those that the run began with (`before`: the record's data facts)."""
+    if before["digest"] != data_digest(config):
+        raise UserError(
+            f"{config.run_dir}: the shards in {', '.join(s.path for s in config.data.shards)} are not those this run began with "
+            "(index.json or splits.json differ); restore them, or start another run with name=..."
         )
 
 
@@ -125,6 +140,8 @@ def git_state() -> dict[str, str] | None:
 
 
 def _leaves(values, prefix: str = ""):
+    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        values = dict(enumerate(values))
     if isinstance(values, dict) and values:
         for key, value in values.items():
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,17 +20,17 @@ from mstkd.data.intensity import Intensity
 from mstkd.data.loader import TrainLoader, check_batching
 from mstkd.data.training import TrainingSet, open_training
 from mstkd.engine import backend
-from mstkd.engine.backend import RoleEngine
+from mstkd.engine.backend import RoleEngine, role_settings
 from mstkd.engine.checkpoint import Checkpoints
-from mstkd.engine.distributed import Ranks, on_main, resolve_environment
+from mstkd.engine.distributed import Ranks, agreed, on_main, resolve_environment
 from mstkd.engine.stop import StopFlag, stop_signals
-from mstkd.engine.trainer import Stage, Trainer, TrainingError
+from mstkd.engine.trainer import Stage, Trainer
 from mstkd.engine.warm_start import warm_start
-from mstkd.errors import UserError
+from mstkd.errors import FailedElsewhereError, TrainingError, UserError
 from mstkd.evaluate.overlap import refuse_overlap
 from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import load_network, safetensors_of
-from mstkd.methods import DataFacts, Method
+from mstkd.methods import DataFacts, Method, Role
 from mstkd.shards.spec import LABEL_SCHEMES
 from mstkd.track import NullTracker, Tracker, open_trackers
 
@@ -45,18 +46,46 @@ def train(config: RunConfig) -> str | None:
     ranks = resolve_environment()
     backend.check_precision(config.train.precision, ranks.device)
     check_batching(config.train.global_batch, config.train.micro_batch, ranks.world)
+    methods.read_config(config.method, config.origin)
     backend.start(ranks)
-    training = open_training(config.data, config.seed, complete_only=methods.load(config.method["name"]).complete_only)
-    method, config = build_method(config, training)
-    stages = chosen_stages(config, method)
-    on_main(lambda: refuse_overlap(training.stores, config.data), ranks)
-    on_main(lambda: run_folder.open_run(config), ranks)
-    with logged_to_file(config.run_dir, ranks), stop_signals() as stop, _trackers(config, method, ranks) as tracker:
-        for name in stages:
-            if not _train_stage(name, config, method, training, ranks, tracker, stop):
+    with agreed(ranks):
+        run = prepare(config, ranks)
+    on_main(lambda: refuse_overlap(run.training.stores, config.data), ranks)
+    on_main(lambda: run_folder.open_run(run.config), ranks)
+    with logged_to_file(config.run_dir, ranks), stop_signals() as stop, _trackers(run, ranks) as tracker:
+        for name in run.stages:
+            if not _train_stage(name, run, tracker, stop):
                 tracker.finish("KILLED")
                 return stop.reason or "SIGTERM"
     return None
+
+
+@dataclass
+class Run:
+    """A run whose every setting has been checked, before anything is written."""
+
+    config: RunConfig  # with its `method:` section resolved
+    method: Method
+    training: TrainingSet
+    stages: dict[str, dict[str, Role]]  # to be trained, in order: the roles of each
+    validation: Validation
+    ranks: Ranks
+
+
+def prepare(config: RunConfig, ranks: Ranks) -> Run:
+    """Open the data and build the networks. Raises UserError for whatever in the configuration cannot work."""
+    training = open_training(config.data, config.seed, complete_only=methods.load(config.method["name"]).complete_only)
+    method, config = build_method(config, training)
+    stages = {name: method.roles(name) for name in chosen_stages(config, method)}
+    known = {role for name in method.stages for role in (stages.get(name) or method.roles(name))}
+    if unknown := sorted(set(config.train.roles) - known):
+        raise UserError(f"train.roles.{unknown[0]}: {config.method['name']} has no such role; its roles: {', '.join(sorted(known))}")
+    for roles in stages.values():
+        for name, role in roles.items():
+            role_settings(name, role, config.train)
+    if config.init_from:
+        safetensors_of(Path(config.init_from))
+    return Run(config, method, training, stages, Validation(config, training.stores, ranks), ranks)
 
 
 def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunConfig]:
@@ -84,26 +113,41 @@ def total_steps(config: RunConfig, items_per_epoch: int) -> int:
     return -(-round(config.train.epochs * items_per_epoch) // config.train.global_batch)
 
 
-def _train_stage(
-    name: str, config: RunConfig, method: Method, training: TrainingSet, ranks: Ranks, tracker: Tracker, stop: StopFlag
-) -> bool:
+def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag) -> bool:
     """Train one stage to its end; False if stopped before."""
-    folder = config.run_dir / name / "checkpoints"
-    checkpoints = Checkpoints(folder, ranks, config.checkpoint.keep)
-    for network, earlier in method.needs(name).items():
-        load_network(config.run_dir, method, network, earlier)
-    if config.init_from and name == method.stages[0] and not checkpoints.pointer("latest"):
-        warm_start(method, safetensors_of(Path(config.init_from)))
+    config, method, ranks, roles = run.config, run.method, run.ranks, run.stages[name]
+    checkpoints = Checkpoints(config.run_dir / name / "checkpoints", ranks, config.checkpoint.keep)
+    resumed = on_main(checkpoints.newest_sound, ranks)
+    if resumed and resumed[1].finished:
+        log.info("stage %s: already finished at step %d", name, resumed[1].step)
+        return True
+    with agreed(ranks):
+        for network, earlier in method.needs(name).items():
+            load_network(config.run_dir, method, network, earlier)
+        if config.init_from and name == method.stages[0] and not resumed:
+            warm_start(method, safetensors_of(Path(config.init_from)))
     for network in method.networks.values():
         network.to(ranks.device)
     accumulation = check_batching(config.train.global_batch, config.train.micro_batch, ranks.world)
-    roles = method.roles(name)
-    unknown = sorted(set(config.train.roles) - set(roles))
-    if unknown:
-        raise UserError(f"train.roles.{unknown[0]}: stage {name} has no such role; its roles: {', '.join(roles)}")
     engines = {role: RoleEngine(role, roles[role], config.train, accumulation, ranks.device) for role in roles}
+    trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop)
+    if resumed:
+        trainer.resume(*resumed)
+    trainer.tracker = tracker.child(name, start_step=trainer.state.step)
+    try:
+        finished = trainer.fit()
+    finally:
+        for engine in engines.values():
+            engine.destroy()
+    if finished:
+        trainer.tracker.finish("FINISHED")
+    return finished
+
+
+def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:
+    config, training, ranks = run.config, run.training, run.ranks
     steps = total_steps(config, training.order.items_per_epoch)
-    intensity = Intensity(method.intensity)
+    intensity = Intensity(run.method.intensity)
 
     def batches(start_step: int):
         return TrainLoader(
@@ -111,27 +155,19 @@ def _train_stage(
             total_steps=steps, start_step=start_step, rank=ranks.rank, world=ranks.world,
         )  # fmt: skip
 
-    stage = Stage(
-        name, config, method, engines, steps, training.order.items_per_epoch, batches,
-        Validation(config, training.stores, ranks), lambda: build_method(config, training)[0],
+    return Stage(
+        name, config, run.method, engines, steps, training.order.items_per_epoch, batches, run.validation,
+        lambda: build_method(config, training)[0],
     )  # fmt: skip
-    trainer = Trainer(stage, ranks, checkpoints, tracker, stop)
-    trainer.resume(required=config.resume == "required")
-    trainer.tracker = tracker.child(name, start_step=trainer.state.step)
-    try:
-        return trainer.fit()
-    finally:
-        for engine in engines.values():
-            engine.destroy()
 
 
-def _trackers(config: RunConfig, method: Method, ranks: Ranks) -> Tracker:
+def _trackers(run: Run, ranks: Ranks) -> Tracker:
     if not ranks.main:
         return NullTracker()
-    record = run_folder.record_attempt(config, ranks.world)
-    tags = {"git": (record["git"] or {}).get("commit", "none"), "ranks": ranks.world, "task": method.task}
+    record = run_folder.record_attempt(run.config, ranks.world)
+    tags = {"git": (record["git"] or {}).get("commit", "none"), "ranks": ranks.world, "task": run.method.task}
     dataset = {"name": "+".join(record["data"]["names"]), "digest": record["data"]["digest"]}
-    return open_trackers(config, config.run_dir, attempt=len(record["attempts"]), tags=tags, dataset=dataset)
+    return open_trackers(run.config, run.config.run_dir, attempt=len(record["attempts"]), tags=tags, dataset=dataset)
 
 
 @contextmanager
@@ -143,8 +179,8 @@ def logged_to_file(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     logging.getLogger().addHandler(handler)
     try:
         yield
-    except BaseException:
-        log.exception("the run ended here")
+    except BaseException:  # here only: the console gets the one line of `run`, or Python's own traceback
+        handler.handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "the run ended here", (), sys.exc_info()))
         raise
     finally:
         logging.getLogger().removeHandler(handler)
@@ -153,19 +189,28 @@ def logged_to_file(run_dir: Path, ranks: Ranks) -> Iterator[None]:
 
 def run(recipe: str, overrides: list[str]) -> int:
     """Train a recipe and return the exit code: 0, 1 training failed, 2 bad input, 128 + signal when stopped."""
-    rank = 0
+    ranks = None
     try:
+        ranks = resolve_environment()
         config = load_config(recipe, overrides)
-        rank = resolve_environment().rank
-        log_to_console(rank)
+        log_to_console(ranks.rank)
         stopped_by = train(config)
         return 128 + signal.Signals[stopped_by] if stopped_by else 0
     except (UserError, TrainingError) as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        _say(error, ranks)
+        return error.exit_code
+    except FailedElsewhereError as error:
+        return error.exit_code
     finally:
         backend.shutdown()
+
+
+def _say(error: Exception, ranks: Ranks | None) -> None:
+    """The line on stderr: from the one rank that fails, or once per node while the ranks cannot yet agree on one."""
+    if ranks is None or ranks.main:
+        print(f"error: {error}", file=sys.stderr)
+    elif torch.distributed.is_initialized() or ranks.local_rank == 0:
+        print(f"error (rank {ranks.rank}): {error}", file=sys.stderr)
 
 
 def main() -> None:

@@ -10,9 +10,10 @@ from mstkd.config import OptimizerConfig, RoleConfig, RunConfig
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine
 from mstkd.engine.checkpoint import Checkpoints
-from mstkd.engine.distributed import resolve_environment
-from mstkd.engine.stop import StopFlag
+from mstkd.engine.distributed import on_main, resolve_environment
+from mstkd.engine.stop import StopFlag, Stopped
 from mstkd.engine.trainer import Stage, Trainer
+from mstkd.errors import FailedElsewhereError, UserError
 from mstkd.shards.spec import LABEL_SCHEMES
 from mstkd.track import NullTracker
 
@@ -37,8 +38,8 @@ def micro_batch(step: int, j: int) -> Batch:
 
 
 def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
-          clipping=0.0, optimizer=None):  # fmt: skip
-    """Train the toy; returns (log rows, final weights of the student, engine step counts)."""
+          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None):  # fmt: skip
+    """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there."""
     ranks = resolve_environment()
     backend.start(ranks)
     config = RunConfig.model_validate({
@@ -64,9 +65,15 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         for step in range(start, steps):
             if step == stop_after and ranks.main:  # one rank alone is told; all must stop
                 stop.reason = "SIGTERM"
+            if no_data == [step, ranks.rank]:
+                raise UserError(f"no data on rank {ranks.rank}")
             yield [(a * ranks.world + ranks.rank, micro_batch(step, a * ranks.world + ranks.rank)) for a in range(accumulation)]
 
-    def validate(whole):
+    def validate(whole, stopping):
+        if trainer.state.step == stop_in_validation_at and not ranks.main:
+            stop.reason = "SIGUSR2"
+        if stopping():
+            raise Stopped
         if not best:
             return {"score": 0.0}
         weight = sum(p.double().sum() for p in whole.networks["student"].parameters())
@@ -75,10 +82,16 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
     stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
     recorder = Recorder()
     trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep), recorder, stop)
-    trainer.resume(required=False)
-    finished = trainer.fit()
+    if resumed := on_main(trainer.checkpoints.newest_sound, ranks):
+        trainer.resume(*resumed)
+    try:
+        finished = trainer.fit()
+    except FailedElsewhereError as error:
+        return str(error)
+    except UserError as error:
+        return f"error: {error}"
     whole = trainer._whole_method()
     weights = {name: {k: v.numpy().copy() for k, v in net.state_dict().items()} for name, net in whole.networks.items()}
     for engine in engines.values():
         engine.destroy()
-    return {"rows": recorder.rows, "weights": weights, "finished": finished, "step": trainer.state.step, "skipped": trainer._skipped}
+    return {"rows": recorder.rows, "weights": weights, "finished": finished, "state": vars(trainer.state), "step": trainer.state.step, "skipped": trainer._skipped}

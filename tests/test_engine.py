@@ -57,10 +57,10 @@ def test_roles_run_by_their_schedule(two_ranks, tmp_path):
 def test_stop_on_one_rank_stops_all_and_resume_continues_exactly(two_ranks, tmp_path, zero):
     whole = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "whole"), zero=zero)
     first = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "cut"), zero=zero, stop_after=4)
-    assert [r["finished"] for r in first] == [False, False] and {r["step"] for r in first} == {5}
+    assert [r["finished"] for r in first] == [False, False] and {r["step"] for r in first} == {4}
     second = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "cut"), zero=zero)
     joined = curve(first[0]) | curve(second[0])
-    assert list(curve(second[0])) == [6, 7, 8, 9, 10]
+    assert list(curve(second[0])) == [5, 6, 7, 8, 9, 10]
     assert joined == curve(whole[0])  # bit for bit
     for key, value in whole[0]["weights"]["student"].items():
         if "running" not in key:  # the extra save averages BatchNorm statistics once more
@@ -100,17 +100,57 @@ def test_checkpoints_keep_newest_and_best_with_consolidated_weights(two_ranks, t
     assert set(load_file(best / "critic.safetensors")) == {f"critic.{k}" for k in results[0]["weights"]["critic"]}
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(two_ranks, tmp_path):
-    two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=4, stop_after=8, steps=12)
-    newest = tmp_path / (tmp_path / "latest").read_text().strip()
-    assert newest.name == "step-00000009"
-    victim = next(newest.glob("networks/*model_states.pt"))
+def flip_a_bit(checkpoint):
+    victim = next(checkpoint.glob("networks/*model_states.pt"))
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 0xFF
     victim.write_bytes(data)
-    again = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=4, steps=12)[0]
-    assert min(curve(again)) == 9  # from step-00000008
-    assert again["finished"] and again["step"] == 12
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(two_ranks, tmp_path):
+    two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=4, stop_after=9, steps=14)
+    newest = tmp_path / (tmp_path / "latest").read_text().strip()
+    assert newest.name == "step-00000009"
+    flip_a_bit(newest)
+    again = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=4, steps=14, stop_after=8, keep=1)[0]
+    assert curve(again) == {} and again["step"] == 8  # nothing newer was taken for it
+    once_more = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=4, steps=14, keep=1)[0]
+    assert min(curve(once_more)) == 9 and once_more["finished"]
+    assert (tmp_path / "latest").read_text().strip() == "step-00000014"
+    assert (tmp_path / "step-00000014/state.json").is_file() and (tmp_path / "step-00000009.damaged").is_dir()
+
+
+def test_saves_after_a_fallback_are_kept_and_a_lost_best_is_named_anew(two_ranks, tmp_path):
+    """The damaged folder has a higher step number than what is saved next, and was the best."""
+    two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=4, stop_after=5, best=True, steps=20)
+    assert (tmp_path / "best").read_text().strip() == (tmp_path / "latest").read_text().strip() == "step-00000005"
+    flip_a_bit(tmp_path / "step-00000005")
+    again = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=2, stop_after=7, keep=1, best=True, steps=20)[0]
+    assert again["step"] == 7 and again["state"]["best_step"] == 5
+    for name in ("best", "latest"):
+        assert (tmp_path / (tmp_path / name).read_text().strip() / "state.json").is_file()
+
+
+def test_no_sound_checkpoint_is_an_error_and_not_a_fresh_start(one_rank, tmp_path):
+    one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), stop_after=2)
+    flip_a_bit(tmp_path / "step-00000002")
+    for _ in range(2):  # also when the damaged one has been set aside already
+        with pytest.raises(AssertionError, match="UserError: .*every checkpoint is damaged; restore one"):
+            one_rank.run("engine_ranks.py", "train", folder=str(tmp_path))
+
+
+def test_stop_during_validation_costs_no_update_and_the_validation_is_made_up_for(two_ranks, tmp_path):
+    first = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), best=True, stop_in_validation_at=10)
+    assert not first[0]["finished"] and first[0]["step"] == 10 and first[0]["state"]["validated_step"] == 5
+    second = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), best=True)
+    assert second[0]["finished"] and second[0]["state"]["validated_step"] == 10
+    assert list(curve(second[0])) == [] and [step for step, row in second[0]["rows"] if "val/score" in row] == [10]
+
+
+def test_a_rank_without_data_ends_all_ranks_after_a_save(two_ranks, tmp_path):
+    replies = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), no_data=[3, 1])
+    assert replies == ["rank 1 failed and says why", "error: no data on rank 1"]
+    assert (tmp_path / "latest").read_text().strip() == "step-00000003"
 
 
 def progress(step, epoch, steps=1000, epochs=100.0):

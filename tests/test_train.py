@@ -2,14 +2,17 @@
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
+
+from mstkd.shards.spec import read_index
 
 TINY = [
     "method.network={width: 8, decoder_width: 2, embed_dim: 24, layers: 4, heads: 2, mlp_dim: 48, dropout: 0, fuse_dropout: 0}",
@@ -79,25 +82,76 @@ def test_stop_signal_then_resume_gives_the_uninterrupted_curve(two_ranks, overri
     first = two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=overrides, stop_at=4)
     assert [r["stopped_by"] for r in first] == ["SIGTERM", "SIGTERM"]
     assert 4 <= first[0]["curve"][-1][0] < 10
+    assert statuses(tmp_path / "runs") == {"mst_kdnet_phantom": "KILLED", "mst_kdnet_phantom/distill": "KILLED"}
     second = two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, "resume=required"])[0]
     assert second["stopped_by"] is None
     assert_same_curve(second["curve"], one_rank_curve)  # metrics.jsonl holds every step once
     record = json.loads((tmp_path / "runs/mst_kdnet_phantom/record.json").read_text())
     assert len(record["attempts"]) == 2
+    assert statuses(tmp_path / "runs") == {"mst_kdnet_phantom": "FINISHED", "mst_kdnet_phantom/distill": "FINISHED"}
+
+
+def statuses(runs_dir: Path) -> dict[str, str]:
+    """Status by name of every MLflow run."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs_dir}/mlflow.db")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
+
+
+def test_data_that_one_rank_cannot_read_ends_all_ranks_and_is_recorded(two_ranks, overrides, phantom_shards, tmp_path):
+    shards = shutil.copytree(phantom_shards, tmp_path / "shards")
+    for shard in read_index(shards).shards:
+        data = bytearray((shards / shard.file).read_bytes())
+        for subject in shard.subjects:
+            offset, _ = subject.members["image.npy"]
+            data[offset : offset + 6] = b"broken"
+        (shards / shard.file).write_bytes(data)
+    words = [*overrides, f"data.shards={shards}", "data.max_bad_samples=0"]
+    with pytest.raises(AssertionError, match="UserError: data.max_bad_samples 0: more samples than that were skipped"):
+        two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words)
+    assert set(statuses(tmp_path / "runs").values()) == {"FAILED"}
+    assert "UserError: data.max_bad_samples" in (tmp_path / "runs/mst_kdnet_phantom/logs/rank-0.log").read_text()
+
+
+def test_a_resume_notices_other_data_and_not_another_place(one_rank, overrides, phantom_shards, tmp_path):
+    moved, changed = (shutil.copytree(phantom_shards, tmp_path / name) for name in ("moved", "changed"))
+    splits = json.loads((changed / "splits.json").read_text())
+    splits["folds"][0]["train"].pop()
+    (changed / "splits.json").write_text(json.dumps(splits))
+    one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, "train.steps=1"])
+    with pytest.raises(AssertionError, match="changed are not those this run began with .* or start another run"):
+        one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, "train.steps=1", f"data.shards={changed}"])
+    one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*overrides, "train.steps=1", f"data.shards={moved}"])
+
+
+def test_a_run_that_never_saved_may_still_change_its_configuration(one_rank, overrides, tmp_path):
+    words = [*overrides, "train.steps=1"]
+    folder = tmp_path / "runs/mst_kdnet_phantom"
+    one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words)
+    shutil.rmtree(folder / "distill/checkpoints")  # as if it had ended before its first save
+    again = one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*words, "method.tau=5"])[0]
+    assert [step for step, _ in again["curve"]] == [1]
 
 
 @pytest.mark.slow
-def test_killed_process_resumes_from_its_last_checkpoint(overrides, one_rank_curve, tmp_path):
+def test_killed_ranks_resume_from_their_last_checkpoint(overrides, one_rank_curve, tmp_path):
     metrics = tmp_path / "runs/mst_kdnet_phantom/metrics.jsonl"
-    words = [sys.executable, "-m", "mstkd.train", "mst_kdnet_phantom", *overrides, "checkpoint.every_steps=3"]
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29715"]
+    words = [*deepspeed, "--module", "mstkd.train", "mst_kdnet_phantom", *overrides, "checkpoint.every_steps=3"]
     process = launch(words, cwd=tmp_path)
     while process.poll() is None and not (metrics.exists() and len(losses(metrics)) >= 5):
         time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    family = [*psutil.Process(process.pid).children(recursive=True), process]
+    for member in family:
+        member.kill()
+    for member in family:
+        member.wait()
+    assert len(family) >= 3 and len(losses(metrics)) < 10
     done = launch(words, cwd=tmp_path)
-    assert done.wait() == 0, done.stdout.read()
+    output, _ = done.communicate()
+    assert done.returncode == 0, output
     expected = {step: values["train/loss_networks"] for step, values in one_rank_curve}
     assert losses(metrics) == pytest.approx(expected, rel=1e-5)
 
@@ -133,16 +187,17 @@ def test_warm_start_takes_what_fits_and_lists_the_rest(two_ranks, overrides, tmp
 @pytest.mark.parametrize(("change", "expected"), [
     (["train.stepz=3"], "unknown key train.stepz; did you mean 'steps'?"),
     (["train.steps=ten"], "train.steps: Input should be a valid integer"),
-    (["method.tao=3"], "unknown key method.tao"),
+    (["method.tao=3"], "override 'method.tao=3': unknown key method.tao; did you mean 'tau'?"),
     (["method.name=mst_kd"], "no method 'mst_kd'; known: mst_kdnet"),
     (["data.crop=[60, 64, 64]"], "data.crop [60, 64, 64]: each axis must be divisible by 32; use [64, 64, 64]"),
-    (["train.precision=fp16"], "train.precision fp16 needs a GPU"),
+    (["train.precision=fp16"], "train.precision fp16 is not built yet"),
     (["data.fold=9"], "fold"),
     (["data.shards=nowhere"], "nowhere"),
     (["stages=[warp]"], "'warp' is no stage of mst_kdnet"),
-    (["train.roles={judge: {zero_stage: 1}}"], "has no such role; its roles: networks, critic"),
+    (["train.roles={judge: {zero_stage: 1}}"], "has no such role; its roles: critic, networks"),
     (["init_from=nowhere.safetensors"], "nowhere.safetensors: no such file"),
-    (["resume=required"], "is not a run folder"),
+    (["resume=required"], "holds no checkpoint"),
+    (["validate.subsets=[pd]"], "pd"),
 ])  # fmt: skip
 def test_bad_recipe_is_one_line(one_rank, overrides, change, expected):
     with pytest.raises(AssertionError) as caught:

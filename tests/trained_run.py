@@ -67,5 +67,5 @@ def on_ranks(shards: str, config: dict) -> tuple[list, dict]:
     subjects = source.subjects("all")[:5]
     subsets, options = all_subsets(source.sequences)[::4], RunConfig.model_validate(config).evaluate
     rows = score_subjects(predictor, ["student", "teacher"], source, subjects, subsets, source.label_scheme, options, ranks.rank, ranks.world)
-    figures = Validation(RunConfig.model_validate(config), source.stores, ranks)(predictor.method)
+    figures = Validation(RunConfig.model_validate(config), source.stores, ranks)(predictor.method, lambda: False)
     return [(row.network, row.subject, row.subset, row.region, vars(row.score)) for row in rows], figures

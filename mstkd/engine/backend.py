@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
-from mstkd.config import OptimizerConfig, TrainConfig
+from mstkd.config import OptimizerConfig, RoleConfig, ScheduleConfig, TrainConfig
 from mstkd.engine.distributed import Ranks
 from mstkd.errors import UserError
 from mstkd.methods import Role
@@ -27,10 +28,10 @@ def start(ranks: Ranks) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:
         torch.cuda.set_device(ranks.device)
-    if not torch.distributed.is_initialized():
-        _deepspeed().init_distributed(
-            dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False
-        )
+    backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+    if ranks.world == 1 and not torch.distributed.is_initialized():  # alone: no port that another process could take first
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    _deepspeed().init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
 
 
 def shutdown() -> None:
@@ -39,31 +40,49 @@ def shutdown() -> None:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    if precision == "fp16" and device.type != "cuda":
-        raise UserError("train.precision fp16 needs a GPU; on CPU use bf16 or fp32")
+    if precision == "fp16":
+        raise UserError("train.precision fp16 is not built yet: it needs a loss scale that survives a resume; use bf16 or fp32")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("train.precision bf16 is not supported by this GPU; use fp16 or fp32")
+        raise UserError("train.precision bf16 is not supported by this GPU; use fp32")
+
+
+@dataclass(frozen=True)
+class RoleSettings:
+    """What the method declares for a role, with the recipe's `train.roles` overrides applied."""
+
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    zero_stage: int
+    gradient_clipping: float
+
+
+def role_settings(name: str, role: Role, train: TrainConfig) -> RoleSettings:
+    """Raises UserError where the role cannot run under its ZeRO stage."""
+    override = train.roles.get(name, RoleConfig())
+    settings = RoleSettings(
+        override.optimizer or role.optimizer,
+        override.schedule or role.schedule,
+        train.zero_stage if override.zero_stage is None else override.zero_stage,
+        train.gradient_clipping if override.gradient_clipping is None else override.gradient_clipping,
+    )
+    if role.double_backward and settings.zero_stage == 3:
+        raise UserError(f"train.roles.{name}.zero_stage: {name} differentiates twice, which ZeRO-3 cannot; use 0, 1 or 2")
+    return settings
 
 
 class RoleEngine:
     """A role's networks, optimiser and gradient reduction under one ZeRO stage."""
 
     def __init__(self, name: str, role: Role, train: TrainConfig, accumulation: int, device: torch.device):
-        override = train.roles.get(name)
+        settings = role_settings(name, role, train)
         self.name, self.role = name, role
-        self.optimizer = (override and override.optimizer) or role.optimizer
-        self.schedule = (override and override.schedule) or role.schedule
-        stage = override.zero_stage if override and override.zero_stage is not None else train.zero_stage
-        clipping = override.gradient_clipping if override and override.gradient_clipping is not None else train.gradient_clipping
-        if role.double_backward and stage == 3:
-            raise UserError(f"train.roles.{name}.zero_stage: {name} differentiates twice, which ZeRO-3 cannot; use 0, 1 or 2")
-        self.zero_stage = stage
+        self.optimizer, self.schedule, self.zero_stage = settings.optimizer, settings.schedule, settings.zero_stage
         role.step.to(device)
         parameters = [p for p in role.step.parameters() if p.requires_grad]
         self._engine, *_ = _deepspeed().initialize(
             model=role.step,
             model_parameters=parameters,
-            config=_deepspeed_config(self.optimizer, train, stage, clipping, accumulation, sum(p.numel() for p in parameters)),
+            config=_deepspeed_config(settings, train, accumulation, sum(p.numel() for p in parameters)),
         )
         self._base_lr = self.optimizer.lr
 
@@ -144,23 +163,21 @@ def _deepspeed():
     return deepspeed
 
 
-def _deepspeed_config(
-    optimizer: OptimizerConfig, train: TrainConfig, stage: int, clipping: float, accumulation: int, parameters: int
-) -> dict:
+def _deepspeed_config(settings: RoleSettings, train: TrainConfig, accumulation: int, parameters: int) -> dict:
+    optimizer = settings.optimizer
     config = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clipping,  # always written: DeepSpeed's silent default is 1.0
+        "gradient_clipping": settings.gradient_clipping,  # always written: DeepSpeed's silent default is 1.0
         "steps_per_print": 2**62,
         "zero_allow_untested_optimizer": True,  # plain SGD
         "optimizer": {"type": _DEEPSPEED_OPTIMIZER[optimizer.name], "params": _optimizer_parameters(optimizer)},
         # DeepSpeed allocates the bucket whole: never larger than the role itself
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(REDUCE_BUCKET, max(parameters, 1))},
+        "zero_optimization": {"stage": settings.zero_stage, "reduce_bucket_size": min(REDUCE_BUCKET, max(parameters, 1))},
     }
-    if train.precision != "fp32":  # autocast keeps fp32 weights, which BatchNorm needs
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}[train.precision]
-        config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    if train.precision == "bf16":  # autocast keeps fp32 weights, which BatchNorm needs
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config
 
 

@@ -8,7 +8,7 @@
     latest, best              the names of such folders
 
 A folder is written as *.tmp and renamed when complete; `latest` moves after that. So whatever happens,
-`latest` names something sound, and what is damaged later is found by its checksum.
+`latest` names something sound; what is damaged later is found by its checksum and set aside as *.damaged.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mstkd.engine.distributed import Ranks, barrier
+from mstkd.errors import UserError
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
@@ -32,6 +33,7 @@ class TrainState:
     step: int = 0
     best_score: float | None = None
     best_step: int | None = None
+    validated_step: int | None = None  # the last step whose validation is done
     finished: bool = False
 
 
@@ -40,37 +42,71 @@ class Checkpoints:
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int):
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        self._saved_step: int | None = None
+        self.saved_step: int | None = None  # the newest one written or resumed from
 
-    def save(self, state: TrainState, write_roles, write_best=None) -> None:
-        """Write step-<state.step>. Collective.
-
-        `write_roles(folder)` is called on every rank; `write_best(folder)`, if given, too, and `best` then points here.
-        """
-        if self._saved_step == state.step and write_best is None:
-            return
-        final = self.folder / f"step-{state.step:08d}"
+    def save(self, state: TrainState, write_roles) -> None:
+        """Write step-<state.step>; `write_roles(folder)` is called on every rank. Collective."""
+        final = self._step_folder(state)
         partial = final.with_suffix(".tmp")
         if self.ranks.main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         barrier(self.ranks)
         write_roles(partial)
-        if write_best is not None:
-            write_best(partial)
         barrier(self.ranks)
         if self.ranks.main:
-            self._commit(partial, final, state, is_best=write_best is not None)
+            _seal(partial, state, _checksums(partial))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            self._point("latest", final)
+            self._prune()
         barrier(self.ranks)
-        self._saved_step = state.step
+        self.saved_step = state.step
 
-    def newest_sound(self) -> Path | None:
-        """The newest checkpoint whose files match their checksums; warns of each one passed over."""
+    def amend(self, state: TrainState, write_best=None) -> None:
+        """Replace the state kept in step-<state.step>, which `save` wrote before. Collective.
+
+        `write_best(folder)`, if given, is called on every rank; its files are added, and `best` then points here.
+        """
+        final = self._step_folder(state)
+        partial = final.with_suffix(".tmp")
+        if self.ranks.main and write_best is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        barrier(self.ranks)
+        if write_best is not None:
+            write_best(partial)
+        if self.ranks.main:
+            checksums = _read(final)["sha256"]
+            if write_best is not None:
+                checksums |= _checksums(partial)
+                for file in partial.iterdir():
+                    os.replace(file, final / file.name)
+                partial.rmdir()
+            _seal(final, state, checksums)
+            if write_best is not None:
+                self._point("best", final)
+                self._prune()
+        barrier(self.ranks)
+
+    def newest_sound(self) -> tuple[Path, TrainState] | None:
+        """The newest checkpoint whose files match their checksums, and its state; None if none was ever written.
+
+        Each damaged one is named in a warning and set aside. Raises UserError if there are checkpoints but none is sound.
+        """
         for folder in sorted(self.folder.glob("step-????????"), reverse=True):
             problem = damage(folder)
             if problem is None:
-                return folder
-            log.warning("checkpoint %s is damaged (%s); falling back to the one before", folder.name, problem)
+                return folder, self._state_of(folder)
+            aside = folder.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            log.warning("checkpoint %s is damaged (%s): set aside as %s; falling back to the one before", folder.name, problem, aside.name)
+        if any(self.folder.glob("step-*.damaged")):
+            raise UserError(
+                f"{self.folder}: every checkpoint is damaged; restore one from a copy, delete this folder to train the stage anew, "
+                "or start another run with name=..."
+            )
         return None
 
     def pointer(self, name: str) -> Path | None:
@@ -78,16 +114,17 @@ class Checkpoints:
         path = self.folder / name
         return self.folder / path.read_text().strip() if path.is_file() else None
 
-    def _commit(self, partial: Path, final: Path, state: TrainState, is_best: bool) -> None:
-        files = sorted(p for p in partial.rglob("*") if p.is_file())
-        checksums = {str(p.relative_to(partial)): _sha256(p) for p in files}
-        _write_durably(partial / STATE, json.dumps({"state": asdict(state), "sha256": checksums}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        if is_best:
-            self._point("best", final)
-        self._point("latest", final)
-        self._prune()
+    def _step_folder(self, state: TrainState) -> Path:
+        return self.folder / f"step-{state.step:08d}"
+
+    def _state_of(self, folder: Path) -> TrainState:
+        """The state in a sound checkpoint; a best checkpoint that no longer exists is forgotten, with a warning."""
+        state, best = read_state(folder), self.pointer("best")
+        if best is not None and not best.is_dir():
+            log.warning("the best checkpoint, %s, is gone; the next validation names a new one", best.name)
+            (self.folder / "best").unlink()
+            state.best_score = state.best_step = None
+        return state
 
     def _point(self, name: str, target: Path) -> None:
         partial = self.folder / f"{name}.tmp"
@@ -103,13 +140,13 @@ class Checkpoints:
 
 
 def read_state(folder: Path) -> TrainState:
-    return TrainState(**json.loads((folder / STATE).read_text())["state"])
+    return TrainState(**_read(folder)["state"])
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        checksums = json.loads((folder / STATE).read_text())["sha256"]
+        checksums = _read(folder)["sha256"]
     except (OSError, ValueError, KeyError):
         return f"no readable {STATE}"
     for name, expected in checksums.items():
@@ -119,6 +156,21 @@ def damage(folder: Path) -> str | None:
         if _sha256(path) != expected:
             return f"{name} does not match its checksum"
     return None
+
+
+def _read(folder: Path) -> dict:
+    return json.loads((folder / STATE).read_text())
+
+
+def _seal(folder: Path, state: TrainState, checksums: dict[str, str]) -> None:
+    """Write state.json in one move: until then the folder counts as what it was."""
+    partial = folder / f"{STATE}.tmp"
+    _write_durably(partial, json.dumps({"state": asdict(state), "sha256": checksums}, indent=1))
+    os.replace(partial, folder / STATE)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _sha256(path: Path) -> str:

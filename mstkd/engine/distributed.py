@@ -1,15 +1,14 @@
 """Who this process is among the ranks: the same answer under deepspeed, torchrun, srun or a bare python."""
 
 import os
-import random
-import socket
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from mstkd.errors import UserError
+from mstkd.errors import FailedElsewhereError, UserError
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Ranks:
 
 
 def resolve_environment() -> Ranks:
-    """Rank, world size and device; completes RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT in the environment.
+    """Rank, world size and device; completes RANK, WORLD_SIZE and LOCAL_RANK in the environment.
 
     Variables set by a launcher win; else SLURM's (srun starts one process per task); else one process alone.
     """
@@ -36,10 +35,7 @@ def resolve_environment() -> Ranks:
     env.setdefault("WORLD_SIZE", "1")
     env.setdefault("LOCAL_RANK", "0")
     rank, world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
-    if world == 1:
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", str(_free_port()))
-    elif "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+    if world > 1 and ("MASTER_ADDR" not in env or "MASTER_PORT" not in env):
         raise UserError("MASTER_ADDR and MASTER_PORT are not set: start several ranks with deepspeed, torchrun or slurm/train.sbatch")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -67,17 +63,37 @@ def from_main(value, ranks: Ranks):
 
 
 def on_main(action, ranks: Ranks):
-    """Run `action()` on rank 0 only and return its result on every rank; its UserError is raised on every rank. Collective."""
-    result, problem = None, None
-    if ranks.main:
-        try:
-            result = action()
-        except UserError as error:
-            problem = str(error)
-    result, problem = from_main((result, problem), ranks)
-    if problem is not None:
-        raise UserError(problem)
-    return result
+    """Run `action()` on rank 0 only and return its result on every rank; if it fails, every rank fails. Collective."""
+    with agreed(ranks):
+        result = action() if ranks.main else None
+    return from_main(result, ranks)
+
+
+@contextmanager
+def agreed(ranks: Ranks):
+    """What fails on one rank inside the context ends all of them, instead of leaving the others waiting. Collective."""
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    raise_together(problem, ranks)
+
+
+def raise_together(problem: Exception | None, ranks: Ranks) -> None:
+    """Raise if any rank has a problem: the first such rank its own, the others FailedElsewhereError. Collective."""
+    if ranks.world == 1:
+        if problem is not None:
+            raise problem
+        return
+    code = getattr(problem, "exit_code", 1)
+    vote = torch.tensor(ranks.world * 256 if problem is None else ranks.rank * 256 + code, device=ranks.device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+    rank, code = divmod(int(vote), 256)
+    if rank == ranks.rank:
+        raise problem
+    if rank < ranks.world:
+        raise FailedElsewhereError(rank, code)
 
 
 def barrier(ranks: Ranks) -> None:
@@ -102,11 +118,3 @@ def average_buffers(networks: dict[str, nn.Module], ranks: Ranks) -> None:
     for buffer in buffers:
         buffer.copy_(flat[offset : offset + buffer.numel()].view_as(buffer))
         offset += buffer.numel()
-
-
-def _free_port() -> int:
-    for port in random.SystemRandom().sample(range(20000, 60000), 50):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
-    raise UserError("no free port between 20000 and 60000 on this host; set MASTER_PORT")

@@ -25,16 +25,19 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def step_done(self, wait_s: float) -> None:
-        self._steps += 1
-        self._wait_s += wait_s
+    def waited(self, seconds: float) -> None:
+        """The next step's data came after `seconds`."""
+        self._wait_s += seconds
+
+    def step_done(self) -> None:
+        self.steps += 1
 
     def flush(self, samples_per_step: int) -> dict[str, float]:
         """Means over micro-batches and ranks, plus time/* figures; then start over. Collective."""
         elapsed = max(time.perf_counter() - self._since, 1e-9)
         names = sorted(self._sums)
         figures = dict(zip(names, self._means(names), strict=True))
-        rate = self._steps / elapsed
+        rate = self.steps / elapsed
         figures |= {
             "time/steps_per_s": rate,
             "time/samples_per_s": rate * samples_per_step,
@@ -59,4 +62,4 @@ class Meter:
         return (table[0] / table[1]).tolist()
 
     def _restart(self) -> None:
-        self._since, self._steps, self._wait_s = time.perf_counter(), 0, 0.0
+        self._since, self.steps, self._wait_s = time.perf_counter(), 0, 0.0

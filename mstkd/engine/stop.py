@@ -9,6 +9,10 @@ from contextlib import contextmanager
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
+class Stopped(Exception):
+    """All ranks agreed to stop, at a point where everything is saved."""
+
+
 class StopFlag:
     """`reason` names the first signal received, or is None."""
 

@@ -3,8 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -16,21 +17,17 @@ from mstkd.batch import Batch, Progress, StepOutput
 from mstkd.config import RunConfig
 from mstkd.engine import seeding
 from mstkd.engine.backend import RoleEngine, frozen
-from mstkd.engine.checkpoint import Checkpoints, TrainState, read_state
-from mstkd.engine.distributed import Ranks, any_rank, average_buffers, on_main
+from mstkd.engine.checkpoint import Checkpoints, TrainState
+from mstkd.engine.distributed import Ranks, any_rank, average_buffers, raise_together
 from mstkd.engine.meter import Meter
 from mstkd.engine.schedule import lr_factor
-from mstkd.engine.stop import StopFlag
-from mstkd.errors import UserError
+from mstkd.engine.stop import StopFlag, Stopped
+from mstkd.errors import TrainingError
 from mstkd.methods import Method
 from mstkd.track import Tracker
 
 log = logging.getLogger(__name__)
 MicroBatches = list[tuple[int, Batch]]  # (index j in the global batch, batch)
-
-
-class TrainingError(Exception):
-    """Training cannot go on, though nothing the user typed is wrong; one line, exit code 1."""
 
 
 @dataclass
@@ -44,7 +41,7 @@ class Stage:
     total_steps: int
     items_per_epoch: int
     batches: Callable[[int], Iterable[MicroBatches]]  # from a start step: this rank's micro-batches of each step
-    validate: Callable[[Method], dict[str, float] | None]  # scalars with "score", or None without validation cases
+    validate: Callable[[Method, Callable[[], bool]], dict[str, float] | None]  # see evaluate.validation.Validation
     plain_copy: Callable[[], Method]  # a method with untrained networks, to hold whole weights under ZeRO-3
 
 
@@ -63,38 +60,51 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._copy: Method | None = None
 
-    def resume(self, required: bool) -> None:
-        """Continue from the newest sound checkpoint, if there is one. Collective."""
-        folder = on_main(self.checkpoints.newest_sound, self.ranks)
-        if folder is None:
-            if required:
-                raise UserError(f"resume=required: {self.checkpoints.folder} holds no sound checkpoint; use resume=auto or resume=never")
-            return
+    def resume(self, folder: Path, state: TrainState) -> None:
+        """Continue from a sound checkpoint. Collective."""
         for engine in self.stage.engines.values():
             engine.load(folder)
-        self.state = read_state(folder)
-        log.info("stage %s: resumed at step %d", self.stage.name, self.state.step)
+        self.state = state
+        self.checkpoints.saved_step = state.step
+        log.info("stage %s: resumed at step %d", self.stage.name, state.step)
 
     def fit(self) -> bool:
         """Train to the end of the stage. False if a stop was asked for: everything is saved then, too."""
-        if self.state.finished:
-            log.info("stage %s: already finished at step %d", self.stage.name, self.state.step)
-            return True
         batches = iter(self.stage.batches(self.state.step))
         self.meter = Meter(self.ranks)
-        while self.state.step < self.stage.total_steps:
-            waited = time.perf_counter()
-            micro_batches = next(batches)
-            waited = time.perf_counter() - waited
-            self.train_step(micro_batches)
-            self.state.step += 1
-            self.meter.step_done(waited)
-            stopping, save_now = any_rank([bool(self.stop), self._save_overdue()], self.ranks)
-            self._housekeeping(stopping, save_now)
-            if stopping and self.state.step < self.stage.total_steps:
-                log.warning("stage %s: stopped by %s after step %d; saved", self.stage.name, self.stop.reason or "another rank", self.state.step)
-                return False
+        try:
+            self._validate_if_due()  # a stop may have come before this step's validation was done
+            while self.state.step < self.stage.total_steps:
+                self.train_step(self._next(batches))
+                self.state.step += 1
+                self.meter.step_done()
+                self._housekeeping()
+        except Stopped:
+            if self.meter.steps:
+                self._log_figures()
+            log.warning("stage %s: stopped by %s after step %d; saved", self.stage.name, self.stop.reason or "another rank", self.state.step)
+            return False
         return True
+
+    def _next(self, batches: Iterator[MicroBatches]) -> MicroBatches:
+        """The next step's micro-batches, once all ranks have theirs; saves first if asked to or if one has none.
+
+        Raises Stopped if any rank was told to stop: between two updates, where all ranks can save together.
+        """
+        began, micro_batches, problem = time.perf_counter(), [], None
+        try:
+            micro_batches = next(batches)
+        except Exception as error:
+            problem = error
+        self.meter.waited(time.perf_counter() - began)
+        failed, stopping, save = any_rank([problem is not None, bool(self.stop), self._save_overdue()], self.ranks)
+        if failed or stopping or save:
+            self._save()
+        if failed:
+            raise_together(problem, self.ranks)
+        if stopping:
+            raise Stopped
+        return micro_batches
 
     def train_step(self, micro_batches: MicroBatches) -> None:
         """One global batch: every role that is due runs all its micro-batches and updates, in the declared order."""
@@ -147,32 +157,54 @@ class Trainer:
             step=step,
             epoch=step * batch // stage.items_per_epoch,
             total_steps=stage.total_steps,
-            total_epochs=stage.total_steps * batch / stage.items_per_epoch,
+            # as asked for: the steps are rounded up to whole ones
+            total_epochs=stage.config.train.epochs or stage.total_steps * batch / stage.items_per_epoch,
         )
 
-    def _housekeeping(self, stopping: bool, save_now: bool) -> None:
-        """Log, validate and save, each when due. The order matters: the best checkpoint is written once, whole."""
+    def _housekeeping(self) -> None:
+        """Log, save and validate, each when due."""
         config, step = self.stage.config, self.state.step
-        last = step == self.stage.total_steps
-        if step % config.train.log_every == 0 or last or stopping:
+        if step % config.train.log_every == 0 or self._at_end:
             self._log_figures()
+        if step % config.checkpoint.every_steps == 0 or self._at_end:
+            self._save()
+        self._validate_if_due()
+
+    @property
+    def _at_end(self) -> bool:
+        return self.state.step == self.stage.total_steps
+
+    def _save(self) -> None:
+        if self.state.step in (0, self.checkpoints.saved_step):
+            return
         began = time.perf_counter()
-        improved = (step % config.validation.every_steps == 0 or last) and self._validate()
-        self.state.finished = last
-        if improved or last or stopping or save_now or step % config.checkpoint.every_steps == 0:
-            average_buffers(self._trained_networks(), self.ranks)
-            self.checkpoints.save(self.state, self._write_roles, self._write_whole if improved else None)
-            self._saved_at = time.monotonic()
+        average_buffers(self._trained_networks(), self.ranks)
+        self.checkpoints.save(self.state, self._write_roles)
+        self._saved_at = time.monotonic()
         self.meter.pause(time.perf_counter() - began)
 
     def _save_overdue(self) -> bool:
         every_min = self.stage.config.checkpoint.every_min
         return every_min is not None and time.monotonic() - self._saved_at > 60 * every_min
 
+    def _validate_if_due(self) -> None:
+        """Save, then score the validation cases: whatever happens during a long validation costs no update.
+
+        Raises Stopped if a stop was asked for meanwhile; the resumed run then validates this step first.
+        """
+        due = self.state.step and self.state.step % self.stage.config.validation.every_steps == 0 or self._at_end
+        if not due or self.state.validated_step == self.state.step:
+            return
+        self._save()
+        began = time.perf_counter()
+        improved = self._validate()
+        self.state.validated_step, self.state.finished = self.state.step, self._at_end
+        self.checkpoints.amend(self.state, self._write_whole if improved else None)
+        self.meter.pause(time.perf_counter() - began)
+
     def _validate(self) -> bool:
         """Score the validation cases; True if this is the best so far. Without cases the newest counts as best."""
-        average_buffers(self._trained_networks(), self.ranks)
-        figures = self.stage.validate(self._whole_method())
+        figures = self.stage.validate(self._whole_method(), lambda: any_rank([bool(self.stop)], self.ranks)[0])
         if figures is None:
             self.state.best_step = self.state.step
             return True
@@ -231,7 +263,7 @@ class Trainer:
         self.tracker.log_metrics(figures, step, self.stage.name)
         losses = " ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in figures.items() if k.startswith("train/loss_"))
         rate = figures["time/steps_per_s"]
-        eta = time.strftime("%H:%M:%S", time.gmtime((self.stage.total_steps - step) / rate))
+        eta = timedelta(seconds=round((self.stage.total_steps - step) / rate))
         log.info(
             "%s step %d/%d  %s  %.2f step/s  data wait %.0f %%  %.2f GiB  ETA %s",
             self.stage.name, step, self.stage.total_steps, losses, rate,

@@ -1,7 +1,7 @@
 """Scoring cases: every subset in one pass over the data, cases shared out over ranks."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from mstkd.config import EvaluateConfig
+from mstkd.engine.stop import Stopped
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.metrics import Reference, dice, region_masks
@@ -60,19 +61,23 @@ def score_subjects(
     options: EvaluateConfig | None = None,
     rank: int = 0,
     world: int = 1,
+    stopping: Callable[[], bool] | None = None,
 ) -> list[Row]:
     """Rows of every subject x network x subset x region, the same on every rank and for any number of ranks.
 
     `scheme` is the one the method predicts in; the truth is read in the source's own. A subset is left out for a
     case that lacks one of its sequences. Without `options` Dice alone. Collective with several ranks.
+    `stopping` (collective) is asked before each round of `world` cases; raises Stopped when it says so.
     """
     _check_regions(scheme, source)
-    own = list(enumerate(subjects))[rank::world]
     with evaluation_mode(predictor.method):
         scored = []
-        for number, key in own:
-            scored.append((number, _score_case(predictor, networks, source, key, subsets, scheme, options)))
-            log.info("scored %s (%d of %d)", key, number + 1, len(subjects))
+        for first in range(0, len(subjects), world):
+            if stopping is not None and stopping():
+                raise Stopped
+            if (number := first + rank) < len(subjects):
+                scored.append((number, _score_case(predictor, networks, source, subjects[number], subsets, scheme, options)))
+                log.info("scored %s (%d of %d)", subjects[number], number + 1, len(subjects))
     if world > 1:
         parts: list = [None] * world
         dist.all_gather_object(parts, scored)

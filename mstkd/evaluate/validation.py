@@ -1,6 +1,6 @@
 """Scores during training, on the fold's validation cases alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -26,16 +26,18 @@ class Validation:
         sequences = self.source.sequences
         self.subsets = [parse_subset(name, sequences) for name in names] if names else all_subsets(sequences)
 
-    def __call__(self, method: Method) -> dict[str, float] | None:
+    def __call__(self, method: Method, stopping: Callable[[], bool]) -> dict[str, float] | None:
         """"score", the mean over subsets x regions, which selects the best checkpoint, and its parts
         "dice_<region>" and "dice_<subset>"; None without validation cases. Collective.
+
+        `stopping`, collective too, is asked before each case; raises Stopped when it says so.
         """
         if not self.subjects:
             return None
         predictor = Predictor(method, self.source.sequences, self.config.data.crop, self.config.inference, self.ranks.device)
         rows = score_subjects(
             predictor, method.scored[:1], self.source, self.subjects, self.subsets, self.source.label_scheme,
-            rank=self.ranks.rank, world=self.ranks.world,
+            rank=self.ranks.rank, world=self.ranks.world, stopping=stopping,
         )  # fmt: skip
         cells: dict[tuple[str, str], list[float]] = {}
         for row in rows:

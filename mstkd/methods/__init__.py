@@ -111,9 +111,17 @@ def load(name: str) -> type[Method]:
         raise UserError(f"method.name: no method {name!r}; known: {', '.join(available_methods())}") from None
 
 
-def build(section: dict, facts: DataFacts, source: str = "recipe") -> Method:
-    """The method described by a recipe's `method:` section; raises UserError on an unknown or ill-typed key."""
-    method = load(section["name"])
-    config = validate_section(method.Config, {k: v for k, v in section.items() if k != "name"}, "method", source)
+def read_config(section: dict, origin: dict[str, str] | None = None) -> BaseModel:
+    """The method's typed settings from a recipe's `method:` section; raises UserError on an unknown or ill-typed key.
+
+    `origin`: where each dotted key was given, see `RunConfig.origin`.
+    """
+    values = {key: value for key, value in section.items() if key != "name"}
+    return validate_section(load(section["name"]).Config, values, "method", "recipe", origin)
+
+
+def build(section: dict, facts: DataFacts) -> Method:
+    """The method described by a recipe's `method:` section; raises UserError where it cannot be built."""
+    method, config = load(section["name"]), read_config(section)
     method.check_crop(config, facts.crop)
     return method(config, facts)
