@@ -216,7 +216,11 @@ def find_recipe(recipe: str) -> Path:
 
 def load_config(recipe: str, overrides: list[str] = ()) -> RunConfig:
     """Defaults <- recipe file <- dotted overrides ("train.steps=100"). Raises UserError."""
-    path = find_recipe(recipe)
+    return read_recipe(find_recipe(recipe), overrides)
+
+
+def read_recipe(path: Path, overrides: list[str] = ()) -> RunConfig:
+    """As `load_config`, for the file at `path`."""
     values, lines = read_yaml(path)
     origin = {key: f"{path.name}:{line}" for key, line in lines.items()}
     for override in overrides:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from mstkd.config import RunConfig, read_yaml, resolved, validate_section
+from mstkd.config import RunConfig, read_recipe, resolved
 from mstkd.errors import UserError
 from mstkd.shards.spec import read_index
 
@@ -50,8 +50,7 @@ def read_run_config(folder: Path) -> RunConfig:
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    values, _ = read_yaml(path)
-    return validate_section(RunConfig, values, "", str(path))
+    return read_recipe(path)
 
 
 def check_same(before: RunConfig, now: RunConfig) -> None:

@@ -37,19 +37,23 @@ def micro_batch(step: int, j: int) -> Batch:
     return Batch(image, torch.ones(1, 8, 8, 8, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool), available, [f"s{j}"], label)
 
 
+def toy_config(method: dict | None, optimizer: str | None, checkpoint: dict, train: dict) -> RunConfig:
+    config = RunConfig.model_validate({
+        "name": "toy", "method": {"name": "toys.co_trained", **(method or {})}, "data": {"shards": "none", "crop": [8, 8, 8]},
+        "train": {"global_batch": 4, "log_every": 1, **train}, "validate": {"every_steps": 5}, "checkpoint": checkpoint,
+    })  # fmt: skip
+    if optimizer:
+        config.train.roles["networks"] = RoleConfig(optimizer=OptimizerConfig(name=optimizer, lr=0.1))
+    return config
+
+
 def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
           clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None):  # fmt: skip
     """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there."""
     ranks = resolve_environment()
     backend.start(ranks)
-    config = RunConfig.model_validate({
-        "name": "toy", "method": {"name": "toys.co_trained", **(method or {})}, "data": {"shards": "none", "crop": [8, 8, 8]},
-        "train": {"global_batch": 4, "steps": steps, "precision": precision, "zero_stage": zero, "log_every": 1, "max_skipped": max_skipped,
-                  "gradient_clipping": clipping},
-        "validate": {"every_steps": 5}, "checkpoint": {"every_steps": every_steps, "keep": keep},
-    })  # fmt: skip
-    if optimizer:
-        config.train.roles["networks"] = RoleConfig(optimizer=OptimizerConfig(name=optimizer, lr=0.1))
+    updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping}
+    config = toy_config(method, optimizer, {"keep": keep, "every_steps": every_steps}, updates)
     facts = methods.DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], (8, 8, 8))
 
     def build():
@@ -80,18 +84,16 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         return {"score": float(torch.sigmoid(weight))}
 
     stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
-    recorder = Recorder()
-    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep), recorder, stop)
+    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep), Recorder(), stop)
     if resumed := on_main(trainer.checkpoints.newest_sound, ranks):
         trainer.resume(*resumed)
     try:
         finished = trainer.fit()
-    except FailedElsewhereError as error:
-        return str(error)
-    except UserError as error:
-        return f"error: {error}"
+    except (FailedElsewhereError, UserError) as error:
+        return f"{type(error).__name__}: {error}"
     whole = trainer._whole_method()
     weights = {name: {k: v.numpy().copy() for k, v in net.state_dict().items()} for name, net in whole.networks.items()}
     for engine in engines.values():
         engine.destroy()
-    return {"rows": recorder.rows, "weights": weights, "finished": finished, "state": vars(trainer.state), "step": trainer.state.step, "skipped": trainer._skipped}
+    state = vars(trainer.state)
+    return {"rows": trainer.tracker.rows, "weights": weights, "finished": finished, "state": state, "step": state["step"], "skipped": trainer._skipped}

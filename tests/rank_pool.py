@@ -7,12 +7,14 @@ on every rank at once and returns the ranks' results in order.
 import importlib.util
 import os
 import secrets
-import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
+
+import torch
 
 HERE = Path(__file__).parent
 
@@ -21,11 +23,9 @@ class RankPool:
     def __init__(self, world: int):
         key = secrets.token_bytes(16)
         listener = Listener(("127.0.0.1", 0), backlog=world, authkey=key)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        environment = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                       "OMP_NUM_THREADS": "1", "POOL_KEY": key.hex(), "POOL_PORT": str(listener.address[1])}  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory()
+        environment = {**os.environ, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "POOL_KEY": key.hex(),
+                       "POOL_PORT": str(listener.address[1]), "POOL_FOLDER": self._folder.name}  # fmt: skip
         self.processes = [
             subprocess.Popen([sys.executable, __file__], env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(world)
@@ -50,12 +50,18 @@ class RankPool:
             connection.send(None)
         for process in self.processes:
             process.wait(timeout=60)
+        self._folder.cleanup()
 
 
 def _serve() -> None:
     sys.path.insert(0, str(HERE))  # toys.* are importable as methods "outside this project"
     connection = Client(("127.0.0.1", int(os.environ["POOL_PORT"])), authkey=bytes.fromhex(os.environ["POOL_KEY"]))
-    connection.send(int(os.environ["RANK"]))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    connection.send(rank)
+    if world > 1:  # a file, because a free port may be taken before the ranks meet there
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "unused"}
+        store = torch.distributed.FileStore(os.environ["POOL_FOLDER"] + "/ranks", world)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     modules = {}
     while (task := connection.recv()) is not None:
         file, function, arguments = task

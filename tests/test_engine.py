@@ -149,7 +149,7 @@ def test_stop_during_validation_costs_no_update_and_the_validation_is_made_up_fo
 
 def test_a_rank_without_data_ends_all_ranks_after_a_save(two_ranks, tmp_path):
     replies = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), no_data=[3, 1])
-    assert replies == ["rank 1 failed and says why", "error: no data on rank 1"]
+    assert replies == ["FailedElsewhereError: rank 1 failed and says why", "UserError: no data on rank 1"]
     assert (tmp_path / "latest").read_text().strip() == "step-00000003"
 
 

@@ -1,4 +1,4 @@
-"""MST-KDNet: network, roles, label channels, prediction."""
+"""MST-KDNet: roles, losses, label channels, prediction."""
 
 import math
 
@@ -6,175 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_mst_kdnet import CROP, NETWORK, START, TERMS, facts, make, make_batch, parameters
 
 from mstkd.batch import Batch, Progress
 from mstkd.config import load_config
 from mstkd.engine.schedule import lr_factor
 from mstkd.errors import UserError
-from mstkd.methods import DataFacts, build
-from mstkd.methods.mst_kdnet import MSTKDNet, MSTKDNetConfig, TumourChannels
-from mstkd.models.convolution import Conv3d
-from mstkd.models.mst_kdnet import MSTKDNetwork
-from mstkd.models.style_critic import StyleCritic
-from mstkd.models.transformer_unet import Attention, BatchNorm3d
+from mstkd.methods import build
+from mstkd.methods.mst_kdnet import MSTKDNetConfig, TumourChannels
 from mstkd.shards.spec import LABEL_SCHEMES
-
-SEQUENCES = ("flair", "t1", "t1ce", "t2")
-CROP = (64, 32, 32)
-NETWORK = {"width": 8, "decoder_width": 2, "embed_dim": 24, "layers": 4, "heads": 3, "mlp_dim": 32}
-STILL = {**NETWORK, "dropout": 0.0, "fuse_dropout": 0.0}
-START = Progress(step=0, epoch=0, total_steps=100, total_epochs=100)
-TERMS = {"dice_teacher", "dice_student", "content", "consistency", "kl", "mst", "evd", "gsm", "adversarial"}
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def facts(scheme: str | None = "brats2018", crop=CROP) -> DataFacts:
-    return DataFacts(SEQUENCES, LABEL_SCHEMES[scheme] if scheme else None, crop)
-
-
-def make(scheme: str = "brats2018", crop=CROP, network: dict = STILL, **section) -> MSTKDNet:
-    return build({"name": "mst_kdnet", "network": network, **section}, facts(scheme, crop))
-
-
-def make_batch(samples: int = 1, scheme: str = "brats2018", crop=CROP) -> Batch:
-    subsets = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
-    values = torch.tensor(LABEL_SCHEMES[scheme].values, dtype=torch.uint8)
-    return Batch(
-        image=torch.rand(samples, 4, *crop),
-        brain=torch.ones(samples, *crop, dtype=torch.bool),
-        present=torch.ones(samples, 4, dtype=torch.bool),
-        available=subsets[:samples],
-        subject=[f"subject-{i}" for i in range(samples)],
-        label=values[torch.randint(len(values), (samples, *crop))],
-    )
-
-
-def on_meta(**shape) -> MSTKDNetwork:
-    with torch.device("meta"):
-        return MSTKDNetwork(4, 4, **shape)
-
-
-def shapes(tensors) -> list[tuple[int, ...]]:
-    return [tuple(t.shape) for t in tensors]
-
-
-def parameters(module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-# Network
-
-
-def test_published_size():
-    network = on_meta(crop=(160, 192, 128))
-    assert parameters(network) == 154_334_148
-    assert parameters(network.transformer.decoder) == 77_003_744
-    assert parameters(network.transformer.layers[0]) == 5_513_984
-    assert parameters(network.bottleneck) == 3_542_016
-    assert network.transformer.taps == (2, 5, 8, 11)  # layers 3, 6, 9, 12 counted from 1
-    assert parameters(StyleCritic(128, reference_head=True)) == 3_149_249
-
-
-def test_published_shapes():
-    with torch.device("meta"):
-        features = on_meta(crop=(160, 192, 128))(torch.empty(1, 4, 160, 192, 128))
-        logit = StyleCritic(128, reference_head=True)(features.style)
-    assert features.logits.shape == (1, 4, 160, 192, 128)
-    assert shapes(features.decoded) == [(1, 64, 20, 24, 16), (1, 128, 40, 48, 32), (1, 256, 20, 24, 16), (1, 512, 10, 12, 8)]
-    assert shapes(features.attention) == [(1, 12, 120, 120)] * 4
-    assert shapes(features[1:4]) == [(1, 128, 20, 24, 16)] * 3
-    assert logit.shape == (1,)
-
-
-@pytest.mark.parametrize(("crop", "tokens"), [((128, 128, 128), 64), ((96, 96, 96), 27), ((64, 96, 96), 18)])
-@pytest.mark.parametrize("trained_on", ["this crop", "the published crop"])
-def test_other_crops(crop, tokens, trained_on):
-    network = on_meta(crop=crop if trained_on == "this crop" else (160, 192, 128))
-    with torch.device("meta"):
-        features = network(torch.empty(1, 4, *crop))
-    assert features.logits.shape == (1, 4, *crop)
-    assert shapes(features.attention) == [(1, 12, tokens, tokens)] * 4
-
-
-def test_published_width_computes():
-    network = MSTKDNetwork(4, 4, crop=(64, 64, 64)).eval()
-    with torch.inference_mode():
-        features = network(torch.rand(1, 4, 64, 64, 64))
-    assert features.logits.isfinite().all() and features.logits.std() > 0
-    for attention in features.attention:
-        torch.testing.assert_close(attention.sum(-1), torch.ones(1, 12, 8))
-
-
-def test_position_embedding_is_resampled_on_the_token_grid():
-    network = MSTKDNetwork(4, 4, crop=(64, 32, 32), **NETWORK).transformer
-    with torch.no_grad():
-        network.position.copy_(torch.tensor([0.0, 1.0])[None, :, None].expand(1, 2, 24))
-    assert network._position(torch.Size((2, 1, 1))) is network.position
-    resampled = network._position(torch.Size((4, 1, 2))).detach().unflatten(1, (4, 1, 2))[0, :, 0, :, 0]
-    torch.testing.assert_close(resampled, torch.tensor([0.0, 0.25, 0.75, 1.0])[:, None].expand(4, 2))  # along X, the same for every Z
-
-
-@pytest.mark.parametrize("size", [(2, 2, 2), (2, 4, 4), (4, 4, 2), (8, 8, 8)])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_bf16_convolution_and_its_gradients_are_right_on_small_maps(size, stride):
-    layer, x = Conv3d(64, 64, stride), torch.randn(1, 64, *size).bfloat16().float().requires_grad_()
-    with torch.no_grad():
-        layer.weight.copy_(layer.weight.bfloat16())
-    plain = torch.nn.functional.conv3d(x, layer.weight, layer.bias, stride=stride, padding=1)
-    signal = torch.randn(plain.shape).bfloat16().float()
-    expected = [plain, *torch.autograd.grad(plain, (x, layer.weight), signal)]
-    del plain
-    for _ in range(8):
-        poison = [torch.full((n,), 1e30) for n in (1000, 100_000, 400_000)]  # what freed memory may hold
-        del poison
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = layer(x)
-        assert output.is_contiguous()
-        for got, want in zip([output, *torch.autograd.grad(output, (x, layer.weight), signal.to(output.dtype))], expected, strict=True):
-            torch.testing.assert_close(got.float(), want, atol=0.02 * want.abs().max().item(), rtol=0)
-
-
-def test_tapped_and_fused_attention_agree():
-    attention = Attention(24, 3, dropout=0.1).eval()
-    hidden = torch.randn(2, 7, 24)
-    (tapped, weights), (fused, none) = attention(hidden, tapped=True), attention(hidden, tapped=False)
-    torch.testing.assert_close(tapped, fused)
-    assert weights.shape == (2, 3, 7, 7) and none is None
-
-
-def test_tapped_attention_is_taken_before_dropout():
-    attention = Attention(24, 3, dropout=0.5).train()
-    _, weights = attention(torch.randn(2, 7, 24), tapped=True)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, 7))
-
-
-def test_batch_statistics_in_evaluation_are_those_of_training_at_batch_1():
-    x = torch.randn(1, 5, 4, 4, 4) * 3 + 1
-    layer = BatchNorm3d(5, "batch")
-    trained = layer(x)
-    before = [b.clone() for b in layer.buffers()]
-    torch.testing.assert_close(layer.eval()(x), trained)
-    pair = layer(torch.cat([x, 10 * x]))
-    torch.testing.assert_close(pair[:1], trained)  # the neighbour does not matter
-    assert all(torch.equal(a, b) for a, b in zip(before, layer.buffers(), strict=True))
-    assert not torch.allclose(BatchNorm3d(5, "running").eval()(x), trained)
-
-
-@pytest.mark.parametrize("norm", ["batch", "instance"])
-def test_the_smallest_crop_trains(norm):
-    crop = (32, 32, 32)  # one token
-    roles = make(crop=crop, network={**NETWORK, "norm": norm}).roles("distill")
-    for samples in (1, 2):
-        batch = make_batch(samples, crop=crop)
-        output = roles["networks"].step.train()(batch, {}, START)
-        output.loss.backward()
-        critic = roles["critic"].step.train()(batch, output.carry, START).loss
-        assert output.loss.isfinite() and critic.isfinite()
-        assert all(p.grad.isfinite().all() for p in roles["networks"].step.parameters())
 
 
 # Loss terms of the networks' role

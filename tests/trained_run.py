@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import yaml
 from safetensors.torch import save_file
 
 from mstkd.config import InferenceConfig, RunConfig, resolved
 from mstkd.data.store import ShardStore
+from mstkd.engine import backend
 from mstkd.engine.distributed import resolve_environment
 from mstkd.evaluate.cases import score_subjects
 from mstkd.evaluate.inference import Predictor
@@ -61,8 +61,7 @@ def predictor_and_source(shards, section=None, window=None):
 def on_ranks(shards: str, config: dict) -> tuple[list, dict]:
     """Scores of five cases and a validation, as one of the ranks that share them out."""
     ranks = resolve_environment()
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
+    backend.start(ranks)
     predictor, source = predictor_and_source(shards)
     subjects = source.subjects("all")[:5]
     subsets, options = all_subsets(source.sequences)[::4], RunConfig.model_validate(config).evaluate

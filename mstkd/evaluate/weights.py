@@ -48,7 +48,7 @@ def open_run(run_dir: Path) -> TrainedRun:
     data = read_record(run_dir)["data"]
     scheme = LABEL_SCHEMES[data["label_scheme"]] if data["label_scheme"] else None
     facts = DataFacts(tuple(data["sequences"]), scheme, config.data.crop)
-    method = build(config.method, facts, str(run_dir / "config.yaml"))
+    method = build(config.method, facts, config.origin)
     if method.task != "segmentation":
         raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; only segmentation can be evaluated and predicted")
     loaded = load_networks(run_dir, method)

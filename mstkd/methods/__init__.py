@@ -120,8 +120,8 @@ def read_config(section: dict, origin: dict[str, str] | None = None) -> BaseMode
     return validate_section(load(section["name"]).Config, values, "method", "recipe", origin)
 
 
-def build(section: dict, facts: DataFacts) -> Method:
+def build(section: dict, facts: DataFacts, origin: dict[str, str] | None = None) -> Method:
     """The method described by a recipe's `method:` section; raises UserError where it cannot be built."""
-    method, config = load(section["name"]), read_config(section)
+    method, config = load(section["name"]), read_config(section, origin)
     method.check_crop(config, facts.crop)
     return method(config, facts)
