@@ -81,7 +81,7 @@ def evaluate(
     if run is not None:
         from mstkd.console import log_to_console
         from mstkd.engine import backend
-        from mstkd.engine.distributed import resolve_environment
+        from mstkd.engine.environment import resolve_environment
         from mstkd.evaluate.run import evaluate_run
 
         ranks = resolve_environment()

@@ -121,11 +121,35 @@ class TrainConfig(Section):
             raise ValueError(f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}")
         return self
 
+    def accumulation(self, world: int) -> int:
+        """a = G / (world x micro). Raises UserError naming the rank counts that work."""
+        accumulation, rest = divmod(self.global_batch, self.micro_batch * world)
+        if rest == 0:
+            return accumulation
+        micro_batches = self.global_batch // self.micro_batch
+        *some, last = [str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+        works = f"{', '.join(some)} or {last} ranks" if some else "1 rank"
+        raise UserError(f"train.global_batch {self.global_batch} with micro_batch {self.micro_batch} runs on {works}, not {world}")
+
 
 class CheckpointConfig(Section):
     every_steps: int = Field(500, ge=1)
     every_min: float | None = Field(30.0, gt=0)  # also after this much time
     keep: int = Field(2, ge=1)  # newest k, besides the best
+
+
+class WatchdogConfig(Section):
+    """How a run that hangs is noticed; more in mstkd/engine/heartbeat.py."""
+
+    heartbeat_s: float = Field(10.0, gt=0)  # how often each rank writes its sign of life
+    hang_min: float = Field(20.0, gt=0)  # without progress for so long the run ends and names the rank that holds it up
+    collective_min: float = Field(60.0, gt=0)  # the process group's own limit; above hang_min, so that a name comes first
+
+    @model_validator(mode="after")
+    def _name_first(self) -> "WatchdogConfig":
+        if self.collective_min <= self.hang_min:
+            raise ValueError(f"watchdog.collective_min {self.collective_min:g} must be above watchdog.hang_min {self.hang_min:g}")
+        return self
 
 
 class InferenceConfig(Section):
@@ -167,6 +191,7 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     inference: InferenceConfig = InferenceConfig()
     validation: ValidateConfig = Field(ValidateConfig(), alias="validate")  # pydantic owns the name `validate`
     evaluate: EvaluateConfig = EvaluateConfig()

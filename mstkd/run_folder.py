@@ -1,6 +1,7 @@
 """The run folder: its resolved configuration, its record, and whether a run may continue in it.
 
-runs/<name>/  config.yaml  record.json  metrics.jsonl  mlflow.json  logs/  <stage>/checkpoints/  evaluation/
+runs/<name>/  config.yaml  record.json  attempts/  metrics.jsonl  mlflow.json  logs/  heartbeats/  <stage>/checkpoints/
+              evaluation/    and, when submitted: code/  jobs/  jobs.json  mlflow.db
 """
 
 import hashlib
@@ -8,13 +9,14 @@ import json
 import os
 import platform
 import subprocess
-import time
+from dataclasses import asdict
 from fnmatch import fnmatchcase as fnmatch
 from importlib import metadata
 from pathlib import Path
 
 import yaml
 
+from mstkd import attempts
 from mstkd.config import RunConfig, read_recipe, resolved
 from mstkd.errors import UserError
 from mstkd.shards.spec import read_index
@@ -23,7 +25,7 @@ RECORDED = ("mstkd", "torch", "deepspeed", "monai", "webdataset", "mlflow", "num
 # What may differ between attempts of one run: none of it changes the updates. Everything else does.
 # The data's bytes are compared by digest, so that a shard set may move.
 FREE = ("resume", "runs_dir", "stages", "data.shards.*.path", "data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples",
-        "train.log_every", "train.max_skipped", "checkpoint", "validate.every_steps", "inference", "evaluate", "tracking")  # fmt: skip
+        "train.log_every", "train.max_skipped", "checkpoint", "validate.every_steps", "inference", "evaluate", "tracking", "watchdog")  # fmt: skip
 
 
 def open_run(config: RunConfig) -> None:
@@ -102,10 +104,11 @@ def read_record(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def record_attempt(config: RunConfig, world_size: int) -> dict:
-    """Add this start to record.json and return the record, whose `attempts` list has one entry per start."""
+def record_attempt(config: RunConfig, world_size: int, job: str | None = None) -> int:
+    """Note this start in the run folder; returns its number, from 1. `job`: SLURM's id of it."""
+    number = attempts.begin(config.run_dir, world_size, job)
     path = config.run_dir / "record.json"
-    record = json.loads(path.read_text()) if path.is_file() else {"attempts": []}
+    record = json.loads(path.read_text()) if path.is_file() else {}
     record |= {
         "git": git_state(),
         "versions": {name: metadata.version(name) for name in RECORDED},
@@ -113,12 +116,12 @@ def record_attempt(config: RunConfig, world_size: int) -> dict:
         "seed": config.seed,
         "data": data_facts(config),
         "world_size": world_size,
+        "attempts": [asdict(attempt) for attempt in attempts.read(config.run_dir)],
     }
-    record["attempts"].append({"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": world_size})
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(record, indent=1))
     os.replace(partial, path)
-    return record
+    return number
 
 
 def git_state() -> dict[str, str] | None:

@@ -3,27 +3,30 @@
 Entry of `mstkd train RECIPE`, `deepspeed --num_gpus N --module mstkd.train RECIPE [key=value ...]` and torchrun.
 """
 
+import functools
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mstkd import methods, run_folder
+from mstkd import attempts, methods, run_folder
 from mstkd.config import RunConfig, load_config
 from mstkd.console import log_to_console
 from mstkd.data.intensity import Intensity
-from mstkd.data.loader import TrainLoader, check_batching
+from mstkd.data.loader import TrainLoader
 from mstkd.data.training import TrainingSet, open_training
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine, role_settings
 from mstkd.engine.checkpoint import Checkpoints
-from mstkd.engine.distributed import Ranks, agreed, on_main, resolve_environment
-from mstkd.engine.stop import StopFlag, stop_signals
+from mstkd.engine.distributed import agreed, barrier, from_all, on_main
+from mstkd.engine.environment import Ranks, resolve_environment, slurm_job
+from mstkd.engine.heartbeat import Heartbeat
+from mstkd.engine.stop import StopFlag, stop_signals, weightier
 from mstkd.engine.trainer import Stage, Trainer
 from mstkd.engine.warm_start import warm_start
 from mstkd.errors import FailedElsewhereError, TrainingError, UserError
@@ -37,7 +40,7 @@ from mstkd.track import NullTracker, Tracker, open_trackers
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> str | None:
+def train(config: RunConfig, stop: StopFlag) -> str | None:
     """Train every stage of a run, or continue it. Returns None, or the name of the signal that stopped it (all is saved).
 
     Collective: every rank calls it with the same configuration. Raises UserError on bad input, TrainingError when
@@ -45,19 +48,25 @@ def train(config: RunConfig) -> str | None:
     """
     ranks = resolve_environment()
     backend.check_precision(config.train.precision, ranks.device)
-    check_batching(config.train.global_batch, config.train.micro_batch, ranks.world)
+    config.train.accumulation(ranks.world)
     methods.read_config(config.method, config.origin)
-    backend.start(ranks)
+    backend.start(ranks, config.watchdog)
     with agreed(ranks):
         run = prepare(config, ranks)
     on_main(lambda: refuse_overlap(run.training.stores, config.data), ranks)
     on_main(lambda: run_folder.open_run(run.config), ranks)
-    with logged_to_file(config.run_dir, ranks), stop_signals() as stop, _trackers(run, ranks) as tracker:
-        for name in run.stages:
-            if not _train_stage(name, run, tracker, stop):
-                tracker.finish("KILLED")
-                return stop.reason or "SIGTERM"
-    return None
+    attempt = on_main(lambda: run_folder.record_attempt(run.config, ranks.world, slurm_job()), ranks)
+    with (
+        logged_to_file(config.run_dir, ranks),
+        Heartbeat(config.run_dir, ranks, attempt, config.watchdog) as heartbeat,
+        _ending(heartbeat) as ending,
+        _trackers(run, attempt) as tracker,
+    ):
+        ending.stopped_by = _train_stages(run, tracker, stop, heartbeat)
+        if ending.stopped_by:
+            tracker.finish("KILLED")
+    barrier(ranks)  # nobody leaves before rank 0 has closed its trackers: srun ends all when one leaves with a code
+    return ending.stopped_by
 
 
 @dataclass
@@ -88,6 +97,14 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     return Run(config, method, training, stages, Validation(config, training.stores, ranks), ranks)
 
 
+def _train_stages(run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat) -> str | None:
+    """Train the stages in order; returns the signal that ended it early, the same on every rank."""
+    for name in run.stages:
+        if not _train_stage(name, run, tracker, stop, heartbeat):
+            return functools.reduce(weightier, from_all(stop.reason, run.ranks))
+    return None
+
+
 def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunConfig]:
     """The method with freshly initialised networks, and the configuration with its `method:` section resolved."""
     scheme = training.stores[0].index.label_scheme
@@ -113,7 +130,7 @@ def total_steps(config: RunConfig, items_per_epoch: int) -> int:
     return -(-round(config.train.epochs * items_per_epoch) // config.train.global_batch)
 
 
-def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag) -> bool:
+def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat) -> bool:
     """Train one stage to its end; False if stopped before."""
     config, method, ranks, roles = run.config, run.method, run.ranks, run.stages[name]
     checkpoints = Checkpoints(config.run_dir / name / "checkpoints", ranks, config.checkpoint.keep)
@@ -128,9 +145,9 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag) -> bool:
             warm_start(method, safetensors_of(Path(config.init_from)))
     for network in method.networks.values():
         network.to(ranks.device)
-    accumulation = check_batching(config.train.global_batch, config.train.micro_batch, ranks.world)
+    accumulation = config.train.accumulation(ranks.world)
     engines = {role: RoleEngine(role, roles[role], config.train, accumulation, ranks.device) for role in roles}
-    trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop)
+    trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop, heartbeat)
     if resumed:
         trainer.resume(*resumed)
     trainer.tracker = tracker.child(name, start_step=trainer.state.step)
@@ -161,13 +178,43 @@ def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:
     )  # fmt: skip
 
 
-def _trackers(run: Run, ranks: Ranks) -> Tracker:
-    if not ranks.main:
+def _trackers(run: Run, attempt: int) -> Tracker:
+    if not run.ranks.main:
         return NullTracker()
-    record = run_folder.record_attempt(run.config, ranks.world)
-    tags = {"git": (record["git"] or {}).get("commit", "none"), "ranks": ranks.world, "task": run.method.task}
+    folder = run.config.run_dir
+    record = run_folder.read_record(folder)
+    tags = {"git": (record["git"] or {}).get("commit", "none"), "ranks": run.ranks.world, "task": run.method.task}
     dataset = {"name": "+".join(record["data"]["names"]), "digest": record["data"]["digest"]}
-    return open_trackers(run.config, run.config.run_dir, attempt=len(record["attempts"]), tags=tags, dataset=dataset)
+    return open_trackers(run.config, folder, attempt=attempt, tags=tags, dataset=dataset)
+
+
+@dataclass
+class _HowItEnded:
+    stopped_by: str | None = None
+
+
+@contextmanager
+def _ending(heartbeat: Heartbeat) -> Iterator[_HowItEnded]:
+    """Note in the run folder how this attempt ends: the batch script decides by it whether to start again."""
+    how = _HowItEnded()
+
+    def note(outcome: attempts.Outcome, reason: str) -> None:
+        beat = heartbeat.beat
+        attempts.end(heartbeat.run_dir, beat.attempt, attempts.Ending(outcome, reason, beat.stage, beat.step))
+
+    try:
+        yield how
+    except FailedElsewhereError:
+        raise
+    except UserError as error:
+        note("bad_input", str(error))
+        raise
+    except BaseException as error:
+        note("failed", f"rank {heartbeat.beat.rank}: {type(error).__name__}: {error}".split("\n")[0])
+        raise
+    if heartbeat.ranks.main:
+        outcome = {None: "finished", "SIGUSR2": "interrupted"}.get(how.stopped_by, "stopped")
+        note(outcome, f"by {how.stopped_by}" if how.stopped_by else "all stages trained")
 
 
 @contextmanager
@@ -189,12 +236,18 @@ def logged_to_file(run_dir: Path, ranks: Ranks) -> Iterator[None]:
 
 def run(recipe: str, overrides: list[str]) -> int:
     """Train a recipe and return the exit code: 0, 1 training failed, 2 bad input, 128 + signal when stopped."""
+    return run_config(lambda: load_config(recipe, overrides))
+
+
+def run_config(load: Callable[[], RunConfig]) -> int:
+    """As `run`, for the configuration that `load()` returns."""
     ranks = None
     try:
-        ranks = resolve_environment()
-        config = load_config(recipe, overrides)
-        log_to_console(ranks.rank)
-        stopped_by = train(config)
+        with stop_signals() as stop:
+            ranks = resolve_environment()
+            config = load()
+            log_to_console(ranks.rank)
+            stopped_by = train(config, stop)
         return 128 + signal.Signals[stopped_by] if stopped_by else 0
     except (UserError, TrainingError) as error:
         _say(error, ranks)

@@ -10,7 +10,9 @@ from mstkd.config import OptimizerConfig, RoleConfig, RunConfig
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine
 from mstkd.engine.checkpoint import Checkpoints
-from mstkd.engine.distributed import on_main, resolve_environment
+from mstkd.engine.distributed import on_main
+from mstkd.engine.environment import resolve_environment
+from mstkd.engine.heartbeat import Heartbeat
 from mstkd.engine.stop import StopFlag, Stopped
 from mstkd.engine.trainer import Stage, Trainer
 from mstkd.errors import FailedElsewhereError, UserError
@@ -84,7 +86,7 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         return {"score": float(torch.sigmoid(weight))}
 
     stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
-    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep), Recorder(), stop)
+    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep), Recorder(), stop, Heartbeat(Path(folder), ranks, 0, config.watchdog))
     if resumed := on_main(trainer.checkpoints.newest_sound, ranks):
         trainer.resume(*resumed)
     try:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_shards import SEQUENCES, SHAPE, TARS, npy, write_set
 
-from mstkd.config import DataConfig, IntensityConfig
+from mstkd.config import DataConfig, IntensityConfig, TrainConfig
 from mstkd.data.intensity import Intensity
-from mstkd.data.loader import TrainLoader, check_batching
+from mstkd.data.loader import TrainLoader
 from mstkd.data.training import open_training
 from mstkd.errors import UserError
 
@@ -183,14 +183,13 @@ def test_more_bad_samples_than_allowed_stop_the_run_in_one_line(tmp_path, worker
 
 
 def test_batching_that_does_not_divide_names_the_rank_counts_that_work():
-    assert check_batching(8, 2, 2) == 2 and check_batching(6, 1, 3) == 2
+    assert TrainConfig(global_batch=8, micro_batch=2, steps=1).accumulation(2) == 2
+    assert TrainConfig(global_batch=6, steps=1).accumulation(3) == 2
     with pytest.raises(UserError) as error:
-        check_batching(8, 1, 3)
+        TrainConfig(global_batch=8, steps=1).accumulation(3)
     assert str(error.value) == "train.global_batch 8 with micro_batch 1 runs on 1, 2, 4 or 8 ranks, not 3"
     with pytest.raises(UserError, match="runs on 1 rank, not 2"):
-        check_batching(4, 4, 2)
-    with pytest.raises(UserError, match="not a multiple"):
-        check_batching(5, 2, 1)
+        TrainConfig(global_batch=4, micro_batch=4, steps=1).accumulation(2)
 
 
 def test_staged_tars_serve_the_same_batches_within_the_limit(shards, reference, tmp_path):

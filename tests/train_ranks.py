@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 from mstkd.config import load_config
+from mstkd.engine.stop import stop_signals
 from mstkd.train import train
 
 
@@ -16,7 +17,8 @@ def run(recipe: str, overrides: list[str], stop_at: int | None = None) -> dict:
     metrics = config.run_dir / "metrics.jsonl"
     if stop_at is not None and os.environ["RANK"] == "0":
         threading.Thread(target=_signal_at, args=(metrics, stop_at), daemon=True).start()
-    stopped_by = train(config)
+    with stop_signals() as stop:
+        stopped_by = train(config, stop)
     return {"stopped_by": stopped_by, "curve": curve(metrics)}
 
 

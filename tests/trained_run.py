@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from mstkd.config import InferenceConfig, RunConfig, resolved
 from mstkd.data.store import ShardStore
 from mstkd.engine import backend
-from mstkd.engine.distributed import resolve_environment
+from mstkd.engine.environment import resolve_environment
 from mstkd.evaluate.cases import score_subjects
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.scenarios import all_subsets

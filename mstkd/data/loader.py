@@ -31,19 +31,6 @@ from mstkd.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def check_batching(global_batch: int, micro_batch: int, world: int) -> int:
-    """The accumulation a = G / (world x micro). Raises UserError naming the rank counts that work."""
-    accumulation, rest = divmod(global_batch, micro_batch * world)
-    if rest == 0 and accumulation:
-        return accumulation
-    micro_batches, rest = divmod(global_batch, micro_batch)
-    if rest or not micro_batches:
-        raise UserError(f"train.global_batch {global_batch} is not a multiple of train.micro_batch {micro_batch}")
-    *some, last = [str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0]
-    works = f"{', '.join(some)} or {last} ranks" if some else "1 rank"
-    raise UserError(f"train.global_batch {global_batch} with micro_batch {micro_batch} runs on {works}, not {world}")
-
-
 @dataclass(frozen=True)
 class Share:
     """Which micro-batches of the stream one rank takes: j = a x world + rank for a in range(accumulation)."""
@@ -173,8 +160,7 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
     ):
-        """Raises UserError if the global batch cannot be cut into world x micro_batch."""
-        self.accumulation = check_batching(global_batch, micro_batch, world)
+        """`global_batch` is a multiple of world x micro_batch, see `TrainConfig.accumulation`."""
         self.bad_samples = 0
         self._config = config
         self._hidden_value = intensity.hidden_value
@@ -193,7 +179,7 @@ class TrainLoader:
         step = []
         for (j, _), fields in zip(self._share.micro_batches(), self._loader, strict=True):
             step.append((j, self._batch(fields)))
-            if len(step) == self.accumulation:
+            if len(step) == self._share.accumulation:
                 yield step
                 step = []
 

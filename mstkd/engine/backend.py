@@ -12,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
-from mstkd.config import OptimizerConfig, RoleConfig, ScheduleConfig, TrainConfig
-from mstkd.engine.distributed import Ranks
+from mstkd.config import OptimizerConfig, RoleConfig, ScheduleConfig, TrainConfig, WatchdogConfig
+from mstkd.engine.environment import Ranks
 from mstkd.errors import UserError
 from mstkd.methods import Role
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=60)  # rank 0 may hash, copy or merge for longer than DeepSpeed's 10 minutes
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default, but never larger than the role
 _DEEPSPEED_OPTIMIZER = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
 
 
-def start(ranks: Ranks) -> None:
+def start(ranks: Ranks, watchdog: WatchdogConfig = WatchdogConfig()) -> None:
     """Join the process group (nccl on GPUs, gloo on CPUs). Collective."""
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -31,7 +30,8 @@ def start(ranks: Ranks) -> None:
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
     if ranks.world == 1 and not torch.distributed.is_initialized():  # alone: no port that another process could take first
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-    _deepspeed().init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    timeout = timedelta(minutes=watchdog.collective_min)  # rank 0 may hash or copy for longer than DeepSpeed's 10 minutes
+    _deepspeed().init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 def shutdown() -> None:

@@ -19,7 +19,8 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mstkd.engine.distributed import Ranks, barrier
+from mstkd.engine.distributed import barrier
+from mstkd.engine.environment import Ranks
 from mstkd.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -1,47 +1,13 @@
-"""Who this process is among the ranks: the same answer under deepspeed, torchrun, srun or a bare python."""
+"""What ranks say to each other besides gradients."""
 
-import os
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from mstkd.errors import FailedElsewhereError, UserError
-
-
-@dataclass(frozen=True)
-class Ranks:
-    rank: int
-    world: int
-    local_rank: int
-    device: torch.device
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-
-def resolve_environment() -> Ranks:
-    """Rank, world size and device; completes RANK, WORLD_SIZE and LOCAL_RANK in the environment.
-
-    Variables set by a launcher win; else SLURM's (srun starts one process per task); else one process alone.
-    """
-    env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
-    env.setdefault("RANK", "0")
-    env.setdefault("WORLD_SIZE", "1")
-    env.setdefault("LOCAL_RANK", "0")
-    rank, world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
-    if world > 1 and ("MASTER_ADDR" not in env or "MASTER_PORT" not in env):
-        raise UserError("MASTER_ADDR and MASTER_PORT are not set: start several ranks with deepspeed, torchrun or slurm/train.sbatch")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"local rank {local_rank} has no GPU (this node shows {torch.cuda.device_count()}); start one rank per GPU")
-        return Ranks(rank, world, local_rank, torch.device("cuda", local_rank))
-    return Ranks(rank, world, local_rank, torch.device("cpu"))
+from mstkd.engine.environment import Ranks
+from mstkd.errors import FailedElsewhereError
 
 
 def any_rank(flags: list[bool], ranks: Ranks) -> list[bool]:
@@ -51,6 +17,15 @@ def any_rank(flags: list[bool], ranks: Ranks) -> list[bool]:
     votes = torch.tensor([int(flag) for flag in flags], device=ranks.device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return votes.bool().tolist()
+
+
+def from_all(value, ranks: Ranks) -> list:
+    """Every rank's `value`, in rank order. Collective."""
+    if ranks.world == 1:
+        return [value]
+    values = [None] * ranks.world
+    dist.all_gather_object(values, value)
+    return values
 
 
 def from_main(value, ranks: Ranks):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mstkd.engine.distributed import Ranks
+from mstkd.engine.environment import Ranks
 
 
 class Meter:

@@ -13,6 +13,12 @@ class Stopped(Exception):
     """All ranks agreed to stop, at a point where everything is saved."""
 
 
+def weightier(reason: str | None, other: str | None) -> str | None:
+    """Of two signal names the one that decides: a wish to end (SIGTERM, SIGINT) outweighs a wish to go on later (SIGUSR2)."""
+    order = [None, "SIGUSR2", "SIGINT", "SIGTERM"]
+    return max(reason, other, key=order.index)
+
+
 class StopFlag:
     """`reason` names the first signal received, or is None."""
 
@@ -23,10 +29,9 @@ class StopFlag:
         return self.reason is not None
 
     def set(self, number: int, _frame=None) -> None:
-        if self.reason is None:
-            self.reason = signal.Signals(number).name
-        elif number == signal.SIGINT:
+        if self.reason is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C is impatience, not a request
+        self.reason = weightier(self.reason, signal.Signals(number).name)
 
 
 @contextmanager

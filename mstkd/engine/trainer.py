@@ -18,7 +18,9 @@ from mstkd.config import RunConfig
 from mstkd.engine import seeding
 from mstkd.engine.backend import RoleEngine, frozen
 from mstkd.engine.checkpoint import Checkpoints, TrainState
-from mstkd.engine.distributed import Ranks, any_rank, average_buffers, raise_together
+from mstkd.engine.distributed import any_rank, average_buffers, raise_together
+from mstkd.engine.environment import Ranks
+from mstkd.engine.heartbeat import Heartbeat
 from mstkd.engine.meter import Meter
 from mstkd.engine.schedule import lr_factor
 from mstkd.engine.stop import StopFlag, Stopped
@@ -52,6 +54,7 @@ class Trainer:
     checkpoints: Checkpoints
     tracker: Tracker
     stop: StopFlag
+    heartbeat: Heartbeat
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self):
@@ -70,13 +73,17 @@ class Trainer:
 
     def fit(self) -> bool:
         """Train to the end of the stage. False if a stop was asked for: everything is saved then, too."""
+        self.heartbeat.at("data", stage=self.stage.name, step=self.state.step, total_steps=self.stage.total_steps)
         batches = iter(self.stage.batches(self.state.step))
         self.meter = Meter(self.ranks)
         try:
             self._validate_if_due()  # a stop may have come before this step's validation was done
             while self.state.step < self.stage.total_steps:
-                self.train_step(self._next(batches))
+                micro_batches = self._next(batches)
+                self.heartbeat.at("step")
+                self.train_step(micro_batches)
                 self.state.step += 1
+                self.heartbeat.at("step", step=self.state.step)
                 self.meter.step_done()
                 self._housekeeping()
         except Stopped:
@@ -92,11 +99,13 @@ class Trainer:
         Raises Stopped if any rank was told to stop: between two updates, where all ranks can save together.
         """
         began, micro_batches, problem = time.perf_counter(), [], None
+        self.heartbeat.at("data")
         try:
             micro_batches = next(batches)
         except Exception as error:
             problem = error
         self.meter.waited(time.perf_counter() - began)
+        self.heartbeat.at("agree")
         failed, stopping, save = any_rank([problem is not None, bool(self.stop), self._save_overdue()], self.ranks)
         if failed or stopping or save:
             self._save()
@@ -178,6 +187,8 @@ class Trainer:
         if self.state.step in (0, self.checkpoints.saved_step):
             return
         began = time.perf_counter()
+        self.heartbeat.at("save")
+        self.heartbeat.keep_out()
         average_buffers(self._trained_networks(), self.ranks)
         self.checkpoints.save(self.state, self._write_roles)
         self._saved_at = time.monotonic()
@@ -204,7 +215,7 @@ class Trainer:
 
     def _validate(self) -> bool:
         """Score the validation cases; True if this is the best so far. Without cases the newest counts as best."""
-        figures = self.stage.validate(self._whole_method(), lambda: any_rank([bool(self.stop)], self.ranks)[0])
+        figures = self.stage.validate(self._whole_method(), self._stopping_validation)
         if figures is None:
             self.state.best_step = self.state.step
             return True
@@ -215,6 +226,11 @@ class Trainer:
             self.state.best_score, self.state.best_step = score, self.state.step
             return True
         return False
+
+    def _stopping_validation(self) -> bool:
+        """Asked by the validation before each round of cases. Collective."""
+        self.heartbeat.at("validate", part=self.heartbeat.beat.part + 1)
+        return any_rank([bool(self.stop)], self.ranks)[0]
 
     def _trained_networks(self) -> dict:
         return {name: self.stage.method.networks[name] for e in self.stage.engines.values() for name in e.role.networks}
@@ -262,7 +278,7 @@ class Trainer:
         figures["memory/peak_gib"] = peak_memory_gib(self.ranks.device)
         self.tracker.log_metrics(figures, step, self.stage.name)
         losses = " ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in figures.items() if k.startswith("train/loss_"))
-        rate = figures["time/steps_per_s"]
+        rate = self.heartbeat.beat.steps_per_s = figures["time/steps_per_s"]
         eta = timedelta(seconds=round((self.stage.total_steps - step) / rate))
         log.info(
             "%s step %d/%d  %s  %.2f step/s  data wait %.0f %%  %.2f GiB  ETA %s",

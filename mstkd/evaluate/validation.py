@@ -6,7 +6,7 @@ import numpy as np
 
 from mstkd.config import RunConfig
 from mstkd.data.store import ShardStore
-from mstkd.engine.distributed import Ranks
+from mstkd.engine.environment import Ranks
 from mstkd.evaluate.cases import score_subjects
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.scenarios import all_subsets, parse_subset
