@@ -60,6 +60,36 @@ def train(
 
 
 @app.command()
+def submit(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe or a path ending in .yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dotted recipe keys to change.")] = None,
+    cluster: Annotated[str, typer.Option(help="A cluster by name, or a YAML file.")] = ...,
+    nodes: Annotated[int | None, typer.Option(help="Instead of the cluster file's.", min=1)] = None,
+    stages: Annotated[str | None, typer.Option(help="One job per stage, each after the one before: A,B or all. Default: one job.")] = None,
+    sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V1,V2", help="One run per combination, as a job array.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what sbatch would get, and write nothing.")] = False,
+) -> None:
+    """Submit a recipe to SLURM, with an evaluation as the last job.
+
+    Example: mstkd submit mst_kdnet_brats2024 --cluster gpu --nodes 4 data.shards=/data/brats2024
+
+    Example: mstkd submit mst_kdnet_phantom --cluster devcluster --sweep method.tau=4,7,10 seed=0,1,2
+    """
+    from mstkd.launch import submit as submission
+    from mstkd.launch.cluster import load_cluster
+
+    resources = load_cluster(cluster, {"nodes": nodes} if nodes else None)
+    prepared = submission.prepare(recipe, cluster, resources, stages, overrides or [], sweep or [])
+    if dry_run:
+        typer.echo(submission.dry_run(prepared))
+        return
+    for job in submission.submit(prepared):
+        waits = f", after {job.after}" if job.after else ""
+        typer.echo(f"submitted {job.id}: {job.kind} {' '.join(job.stages)}{waits}")
+    typer.echo(f"follow with: mstkd status {prepared.name}; mstkd logs {prepared.name} --follow")
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run folder.")] = None,
     data: Annotated[Path | None, typer.Option(help="Another shard set than the run's own.")] = None,
@@ -79,17 +109,9 @@ def evaluate(
     if (run is None) == (pred is None):
         raise UserError("mstkd evaluate: give either RUN or --pred DIR --ref DIR --spec NAME")
     if run is not None:
-        from mstkd.console import log_to_console
-        from mstkd.engine import backend
-        from mstkd.engine.environment import resolve_environment
-        from mstkd.evaluate.run import evaluate_run
+        from mstkd.evaluate.run import evaluate_on_ranks
 
-        ranks = resolve_environment()
-        log_to_console(ranks.rank)
-        if ranks.world > 1:
-            backend.start(ranks)
-        evaluate_run(run, data, split, allow_overlap, ranks.rank, ranks.world)
-        backend.shutdown()
+        evaluate_on_ranks(run, data, split, allow_overlap)
     else:
         if ref is None or spec is None:
             raise UserError("mstkd evaluate --pred: --ref DIR and --spec NAME are needed too")

@@ -236,7 +236,7 @@ def find_recipe(recipe: str) -> Path:
     if packaged.is_file():
         return packaged
     names = sorted(p.stem for p in recipe_folder().glob("*.yaml"))
-    raise UserError(f"recipe {recipe}: no such packaged recipe{_nearest(recipe, names)}; or give the path of a file ending in .yaml")
+    raise UserError(f"recipe {recipe}: no such packaged recipe{nearest(recipe, names)}; or give the path of a file ending in .yaml")
 
 
 def load_config(recipe: str, overrides: list[str] = ()) -> RunConfig:
@@ -292,7 +292,7 @@ def validate_section(model: type[BaseModel], values: dict, prefix: str, source: 
         place = _place(key, source, origin or {})
         if problem["type"] == "extra_forbidden":
             valid = _valid_keys(model, problem["loc"][:-1])
-            raise UserError(f"{place}: unknown key {key}{_nearest(str(problem['loc'][-1]), valid)}") from None
+            raise UserError(f"{place}: unknown key {key}{nearest(str(problem['loc'][-1]), valid)}") from None
         message = problem["msg"].removeprefix("Value error, ")
         given = f" (given: {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
         raise UserError(f"{place}: {key + ': ' if key else ''}{message}{given}") from None
@@ -338,6 +338,7 @@ def _valid_keys(model: type[BaseModel], location: tuple) -> list[str]:
     return [f.alias or name for name, f in model.model_fields.items()]
 
 
-def _nearest(word: str, valid: list[str]) -> str:
+def nearest(word: str, valid: list[str]) -> str:
+    """The end of a message about an unknown word: the valid one it is closest to, else all of them."""
     match = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; valid here: {', '.join(valid)}"

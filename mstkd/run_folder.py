@@ -21,6 +21,7 @@ from mstkd.config import RunConfig, read_recipe, resolved
 from mstkd.errors import UserError
 from mstkd.shards.spec import read_index
 
+SNAPSHOT_GIT = "mstkd-git.json"  # beside the package in the snapshot of a submitted run
 RECORDED = ("mstkd", "torch", "deepspeed", "monai", "webdataset", "mlflow", "numpy", "nibabel")
 # What may differ between attempts of one run: none of it changes the updates. Everything else does.
 # The data's bytes are compared by digest, so that a shard set may move.
@@ -125,8 +126,11 @@ def record_attempt(config: RunConfig, world_size: int, job: str | None = None) -
 
 
 def git_state() -> dict[str, str] | None:
-    """Commit and uncommitted diff of the checkout that holds this package; None outside a checkout."""
+    """Commit and uncommitted diff of the checkout that holds this package, or that its snapshot was taken from; else None."""
     root = Path(__file__).parent
+    noted = root.parent / SNAPSHOT_GIT
+    if noted.is_file():
+        return json.loads(noted.read_text())
 
     def git(*words: str) -> str | None:
         try:

@@ -111,8 +111,7 @@ def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunC
     facts = DataFacts(training.sequences, LABEL_SCHEMES[scheme] if scheme else None, config.data.crop)
     torch.manual_seed(config.seed)  # the same initial weights on every rank and for every rank count
     method = methods.build(config.method, facts)
-    section = {"name": config.method["name"], **method.config.model_dump(mode="json")}
-    return method, config.model_copy(update={"method": section})
+    return method, config.model_copy(update={"method": methods.resolve(config.method)})
 
 
 def chosen_stages(config: RunConfig, method: Method) -> list[str]:

@@ -43,15 +43,14 @@ def place_caches() -> JitCache:
     The folder lies under $TMPDIR (else /tmp) and is named by user, versions of torch, DeepSpeed and Python, and CPU features.
     Call before torch compiles anything and before triton is imported. Raises UserError if others may write to the folder.
     """
-    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if not chosen or "TRITON_CACHE_DIR" not in os.environ:
-        node = _private_folder(Path(tempfile.gettempdir()) / f"mstkd-{os.geteuid()}-{_build_key()}")
-        os.environ.setdefault("TRITON_CACHE_DIR", str(node / "triton"))
-        if not chosen:
-            os.environ["TORCH_EXTENSIONS_DIR"] = str(node / "extensions")
-    # an own folder from an earlier call, also by a parent process, is still our own
+    node = Path(tempfile.gettempdir()) / f"mstkd-{os.geteuid()}-{_build_key()}"
+    places = {"TORCH_EXTENSIONS_DIR": node / "extensions", "TRITON_CACHE_DIR": node / "triton"}
+    unset = [name for name in places if not os.environ.get(name)]
+    if unset:
+        _private_folder(node)
+    os.environ.update({name: str(places[name]) for name in unset})
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
-    return JitCache(folder, ours=folder == Path(tempfile.gettempdir()) / f"mstkd-{os.geteuid()}-{_build_key()}" / "extensions")
+    return JitCache(folder, ours=folder == places["TORCH_EXTENSIONS_DIR"])  # also when a parent process set it
 
 
 @contextmanager
@@ -61,7 +60,7 @@ def one_builder(cache: JitCache, extension: str, limit_s: float = BUILD_LIMIT_S)
     A lock file left by a killed build is removed first. Raises UserError if somebody else still holds it after `limit_s`
     seconds, or if the folder's file system has no locks. ninja is found also where the environment is not activated.
     """
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+    _find_programs_of_this_environment()
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
         turn = (cache.folder / f"{extension}.turn").open("a")
@@ -108,6 +107,12 @@ def _at_work(lock: Path) -> list[int]:
         except (psutil.Error, OSError):  # ended while we looked
             continue
     return found
+
+
+def _find_programs_of_this_environment() -> None:
+    path, scripts = os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")
+    if scripts not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([path, scripts])
 
 
 def _private_folder(folder: Path) -> Path:

@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from mstkd.config import EvaluateConfig
+from mstkd.console import log_to_console
 from mstkd.data.store import ShardStore
+from mstkd.engine import backend
+from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row, references, score_labels, score_subjects, whole_brain_baseline
 from mstkd.evaluate.metrics import bounding_box
@@ -26,6 +29,18 @@ from mstkd.shards.dataset import DatasetSpec, load_spec
 from mstkd.shards.preprocess import AFFINE_TOLERANCE_MM, read_volume
 from mstkd.shards.spec import LabelScheme
 from mstkd.track import open_evaluation
+
+
+def evaluate_on_ranks(run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False) -> None:
+    """`evaluate_run`, cases shared out over the ranks that a launcher started."""
+    ranks = resolve_environment()
+    log_to_console(ranks.rank)
+    if ranks.world > 1:
+        backend.start(ranks)
+    try:
+        evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world)
+    finally:
+        backend.shutdown()
 
 
 def evaluate_run(

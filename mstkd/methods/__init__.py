@@ -120,6 +120,11 @@ def read_config(section: dict, origin: dict[str, str] | None = None) -> BaseMode
     return validate_section(load(section["name"]).Config, values, "method", "recipe", origin)
 
 
+def resolve(section: dict, origin: dict[str, str] | None = None) -> dict:
+    """A recipe's `method:` section with every default written out."""
+    return {"name": section["name"], **read_config(section, origin).model_dump(mode="json")}
+
+
 def build(section: dict, facts: DataFacts, origin: dict[str, str] | None = None) -> Method:
     """The method described by a recipe's `method:` section; raises UserError where it cannot be built."""
     method, config = load(section["name"]), read_config(section, origin)

@@ -135,6 +135,6 @@ start_slurmd() {
     unshare --uts sh -c 'hostname "$1"; exec slurmd -D -N "$1" -f "$2"' sh "$1" "$folder/slurm.conf"
 }
 
-all_nodes_ready() { ! sinfo -h -N -o '%N %T' | grep -vqE ' (idle|mixed|allocated|completing)$'; }
+all_nodes_ready() { ! sinfo -h -N -o '%N %T' | grep -vqE ' (idle|mixed|allocated|completing|planned)[-+]?$'; }
 
 hosts_without_ours() { sed '/^# >>> mstkd devcluster/,/^# <<< mstkd devcluster/d' /etc/hosts; }
