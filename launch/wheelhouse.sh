@@ -72,11 +72,13 @@ TEXT
 }
 
 install_wheelhouse() {
-  local house="$1" venv="$2" python="$3" from
-  [ -f "$house/SHA256SUMS" ] || fail "$house is no wheelhouse (no SHA256SUMS): make one with launch/wheelhouse.sh OUT_DIR and copy all of it"
+  local house="$1" venv="$2" python="$3" wanted found from
+  [ -f "$house/SHA256SUMS" ] ||
+    fail "$house is no wheelhouse (no SHA256SUMS): make one with launch/wheelhouse.sh OUT_DIR and copy all of it"
   house="$(cd "$house" && pwd)"
-  [ "$(platform_of "$python")" = "$(cat "$house/platform.txt")" ] ||
-    fail "$house is for $(cat "$house/platform.txt"), $python is $(platform_of "$python"): name a fitting interpreter with PYTHON=..., or make another wheelhouse"
+  wanted="$(cat "$house/platform.txt")" found="$(platform_of "$python")"
+  [ "$found" = "$wanted" ] ||
+    fail "$house is for $wanted, $python is $found: name a fitting interpreter with PYTHON=..., or make another wheelhouse"
   (cd "$house" && sha256sum --quiet --check SHA256SUMS) || fail "$house: the files named above are missing or damaged; copy it again"
   from=(--no-index --find-links "$house" -c "$house/constraints.txt")
 

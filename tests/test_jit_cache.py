@@ -90,7 +90,8 @@ def killed(process: subprocess.Popen) -> None:
 
 def run_together(code: str, count: int, environment: dict[str, str], *words) -> None:
     command = [sys.executable, "-c", code, *map(str, words)]
-    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(count)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen(command, env=environment, **streams) for _ in range(count)]
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, outputs
 
@@ -205,7 +206,8 @@ def test_ninja_is_found_where_the_environment_is_not_activated(tmp_path, monkeyp
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="TORCH_EXTENSIONS_DIR: cannot write to .*file"), one_builder(JitCache(tmp_path / "file", False), "small"):
+    cache = JitCache(tmp_path / "file", ours=False)
+    with pytest.raises(UserError, match="TORCH_EXTENSIONS_DIR: cannot write to .*file"), one_builder(cache, "small"):
         pass
 
 

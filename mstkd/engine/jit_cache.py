@@ -70,7 +70,8 @@ def one_builder(cache: JitCache, extension: str, limit_s: float = BUILD_LIMIT_S)
         try:
             fcntl.flock(turn, fcntl.LOCK_EX)
         except OSError as error:
-            raise UserError(f"{cache.folder} has no file locks ({error.strerror}); set TORCH_EXTENSIONS_DIR to a folder on the node") from None
+            fix = "set TORCH_EXTENSIONS_DIR to a folder on the node"
+            raise UserError(f"{cache.folder} has no file locks ({error.strerror}); {fix}") from None
         _clear(cache.folder / extension / "lock", cache.ours, limit_s)
         yield
 
@@ -89,8 +90,9 @@ def _clear(lock: Path, ours: bool, limit_s: float) -> None:
             lock.unlink(missing_ok=True)
             return
         if time.monotonic() >= deadline:
-            who = f"held by process {holders[0]}" if holders else "not held by any process of yours on this node"
-            raise UserError(f"{lock} is there for more than {limit_s / 60:.0f} min, {who}; end that build, or delete the file if none is running")
+            holder = f"held by process {holders[0]}" if holders else "not held by any process of yours on this node"
+            fix = "end that build, or delete the file if none is running"
+            raise UserError(f"{lock} has been there for more than {limit_s / 60:.0f} min, {holder}; {fix}")
         time.sleep(POLL_S)
 
 

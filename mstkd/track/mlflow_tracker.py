@@ -27,6 +27,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  #
 from mlflow.telemetry import set_telemetry_client  # noqa: E402
 
 from mstkd.config import RunConfig, resolved  # noqa: E402
+from mstkd.track.database import ARTIFACTS, DATABASE, prepare_database  # noqa: E402, F401  (the launcher's)
 from mstkd.track.protocol import Status, Tracker  # noqa: E402
 
 # others (MONAI) may have imported MLflow earlier, without the environment above
@@ -94,13 +95,13 @@ class Session:
     """One MLflow experiment and the ids of this run in it. Everything here is called on the writer's thread."""
 
     def __init__(self, config: RunConfig, run_dir: Path):
-        self.uri = tracking_uri(config)
+        self.uri = tracking_uri(config, run_dir)
         self.name = config.name
         self.identify = config.tracking.identify
         self.client = MlflowClient(tracking_uri=self.uri)
         self.ids = RunIds(run_dir / "mlflow.json")
         # a server says itself where artifacts go; a data base would put them into the working directory
-        artifacts = None if self.uri.startswith("http") else str(Path(config.runs_dir).resolve() / "mlartifacts")
+        artifacts = None if self.uri.startswith("http") else str(_store_folder(config, run_dir) / ARTIFACTS)
         self.experiment_id = self._experiment(config.tracking.experiment, artifacts)
 
     def root(self, dataset: dict[str, str]) -> tuple[str, bool]:
@@ -244,6 +245,8 @@ def open_mlflow(config: RunConfig, run_dir: Path, dataset: dict[str, str]) -> li
         writer.close()
         return []
     run.log_params(run_params(config))
+    if sweep := sweep_of(run_dir):
+        run.set_tags({"sweep": sweep})
     return [run]
 
 
@@ -273,13 +276,35 @@ def open_evaluation(config: RunConfig, run_dir: Path, name: str) -> Tracker:
     return run
 
 
-def tracking_uri(config: RunConfig) -> str:
-    """`tracking.uri`, or the SQLite file in `runs_dir` (created if absent)."""
+def tracking_uri(config: RunConfig, run_dir: Path | None = None) -> str:
+    """`tracking.uri`, or the run's own SQLite file if `prepare_database` made one, or the one in `runs_dir`.
+
+    `run_dir`: where the run lies, if not at `config.run_dir`. The last file is created by whoever first opens it.
+    """
     if config.tracking.uri is not None:
         return config.tracking.uri
-    folder = Path(config.runs_dir).resolve()
+    folder = _store_folder(config, run_dir or config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return f"sqlite:///{folder / DATABASE}"
+
+
+def _store_folder(config: RunConfig, run_dir: Path) -> Path:
+    """Where this run's data base and artifacts lie, unless `tracking.uri` says otherwise."""
+    own = config.tracking.uri is None and (run_dir / DATABASE).is_file()
+    return Path(run_dir if own else config.runs_dir).resolve()
+
+
+def sweep_of(run_dir: Path) -> str | None:
+    """The name of the sweep that `run_dir` is a member of: the folder beside it whose sweep.json lists it."""
+    for path in sorted(Path(run_dir).resolve().parent.glob("*/sweep.json")):
+        try:
+            runs = json.loads(path.read_text())["runs"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is not readable as a sweep (%s: %s): left out", path, type(error).__name__, error)
+            continue
+        if Path(run_dir).name in runs:
+            return path.parent.name
+    return None
 
 
 def metric_name(name: str) -> str:

@@ -1,0 +1,103 @@
+"""The ranking of a sweep's runs inside an MLflow data base."""
+
+import json
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Run, RunTag
+
+PARENT = "mlflow.parentRunId"
+SCORE = "val/score"  # the one figure that ranks a sweep
+
+
+class Ranking:
+    """The merged runs of a sweep, best first by validation; test figures are never read.
+
+    Each counts with its best `val/score` in the stage that the most advanced of them has come to; those without one have no rank.
+    """
+
+    def __init__(self, client: MlflowClient, experiment_id: str, sweep: str, description: Path):
+        self.client, self.experiment_id = client, experiment_id
+        members = all_runs(client, experiment_id, f"tags.sweep = '{sweep}'")
+        self.members = sorted(members, key=lambda member: (member.info.run_name, member.info.start_time))
+        scores = {member.info.run_id: self._best_scores(member) for member in self.members}
+        furthest = max(scores.values(), key=len, default={})
+        self.stage = next(reversed(furthest), None)
+        self.scores = {run_id: stages[self.stage] for run_id, stages in scores.items() if self.stage in stages}
+        content = json.loads(description.read_text()) if description.is_file() else {"axes": {}, "runs": []}
+        self.axes, self.planned = list(content["axes"]), len(content["runs"])
+
+    def log(self, parent_id: str) -> bool:
+        """Write ranks to the members, the table and the state to the parent; False if all was so already."""
+        changed = False
+        for member in self.members:
+            score = self.scores.get(member.info.run_id)
+            if score is None:
+                stale = {"sweep.rank", "sweep.val_score"} & member.data.tags.keys()
+                for name in stale:
+                    self.client.delete_tag(member.info.run_id, name)
+                changed |= bool(stale)
+            else:
+                changed |= self._tag(member, {"sweep.rank": self._rank(score[0]), "sweep.val_score": f"{score[0]:.6g}"})
+        parent = self.client.get_run(parent_id)
+        changed |= self._tag(parent, {"mlflow.note.content": self._table()})
+        return changed | self._set_state(parent)
+
+    def _best_scores(self, member: Run) -> dict[str, tuple[float, int]]:
+        """By stage, in the order of training: the best validation score and its step."""
+        parts = all_runs(self.client, self.experiment_id, f"tags.`{PARENT}` = '{member.info.run_id}'")
+        best = {}
+        for part in sorted(parts, key=lambda part: part.info.start_time):
+            if SCORE in part.data.metrics:
+                points = self.client.get_metric_history(part.info.run_id, SCORE)
+                top = max(points, key=lambda point: (point.value, -point.step))
+                best[part.info.run_name.rpartition("/")[2]] = top.value, top.step
+        return best
+
+    def _rank(self, score: float) -> str:
+        """From 1, equal for equal scores, padded so that the page sorts it."""
+        better = sum(other > score for other, _ in self.scores.values())
+        return str(better + 1).zfill(len(str(len(self.members))))
+
+    def _table(self) -> str:
+        """The ranking in Markdown: MLflow shows it as the run's description."""
+        ranked = [member for member in self.members if member.info.run_id in self.scores]
+        ranked.sort(key=lambda member: -self.scores[member.info.run_id][0])
+        rows = [["rank", "run", *self.axes, f"best {SCORE}", "at step"], ["---"] * (4 + len(self.axes))]
+        for member in ranked:
+            score, step = self.scores[member.info.run_id]
+            values = [member.data.params.get(axis, "") for axis in self.axes]
+            rows.append([self._rank(score), member.info.run_name, *values, f"{score:.4f}", str(step)])
+        lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+        says = f"Validation data only, stage {self.stage}." if ranked else "No validation score yet."
+        return f"{says} Ranked: {len(ranked)} of {max(self.planned, len(self.members))} runs.\n\n" + "\n".join(lines)
+
+    def _tag(self, run: Run, tags: dict[str, str]) -> bool:
+        new = [RunTag(name, text) for name, text in tags.items() if run.data.tags.get(name) != text]
+        if new:
+            self.client.log_batch(run.info.run_id, tags=new)
+        return bool(new)
+
+    def _set_state(self, parent: Run) -> bool:
+        states = {member.info.status for member in self.members}
+        if "RUNNING" in states or len(self.members) < self.planned:
+            if parent.info.status == "RUNNING":
+                return False
+            self.client.update_run(parent.info.run_id, status="RUNNING")
+            return True
+        status = next(state for state in ("FAILED", "KILLED", "FINISHED") if state in states)
+        end_ms = max(member.info.end_time for member in self.members)
+        if (parent.info.status, parent.info.end_time) == (status, end_ms):
+            return False
+        self.client.set_terminated(parent.info.run_id, status, end_ms)
+        return True
+
+
+def all_runs(client: MlflowClient, experiment_id: str, filter_string: str = "") -> list[Run]:
+    """The experiment's runs that are not deleted."""
+    page = client.search_runs([experiment_id], filter_string)
+    runs = list(page)
+    while page.token:
+        page = client.search_runs([experiment_id], filter_string, page_token=page.token)
+        runs += page
+    return runs
