@@ -3,7 +3,9 @@
 import importlib.metadata
 import platform
 import shutil
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
@@ -49,10 +51,18 @@ def programs() -> list[Finding]:
     """Programs that training or submitting calls."""
     return [
         _program("g++", "missing", "install a C++ compiler: DeepSpeed compiles its collectives on first use"),
+        _headers(),
         _program("ninja", "missing", "pip install ninja: DeepSpeed compiles its collectives on first use"),
         _program("git", "note", "install git, and each run records the commit it ran"),
         _program("sbatch", "note", "no SLURM here: mstkd train and deepspeed work, submitting does not"),
     ]
+
+
+def _headers() -> Finding:
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if header.is_file():
+        return Finding("ok", "Python.h", str(header))
+    return Finding("missing", "Python.h", "not found", "install python3-dev: DeepSpeed compiles its collectives on first use")
 
 
 def _program(name: str, otherwise: Literal["note", "missing"], fix: str) -> Finding:

@@ -84,7 +84,7 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         return {"score": float(torch.sigmoid(weight))}
 
     stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
-    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep), Recorder(), stop)
+    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep, zero > 0), Recorder(), stop)
     if resumed := on_main(trainer.checkpoints.newest_sound, ranks):
         trainer.resume(*resumed)
     try:
