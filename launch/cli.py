@@ -3,6 +3,7 @@
 Only light modules are imported here; each command imports what it needs, so that `--help` answers at once.
 """
 
+import errno
 import os
 import socket
 import sys
@@ -40,6 +41,10 @@ def main() -> None:
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "mstkd"
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"{error.filename or 'disk'}: {error.strerror}; check that the folder exists, is yours to write and has space")
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
 

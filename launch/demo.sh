@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The main job on generated data, end to end: phantom -> tar shards -> two-rank DeepSpeed distillation -> report.
 # Does all the set-up itself; minutes on two CPU cores. Can be run twice: it starts afresh in ./demo.
+# Words are recipe keys: bash launch/demo.sh train.steps=50
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup_env.sh
 setup_environment ""
 
-work="${MSTKD_DEMO_DIR:-demo}"
+work=demo
 recipe=mst_kdnet_phantom
 started=$(date +%s)
 rm -rf "$work"
@@ -22,7 +23,7 @@ mstkd shards inspect "$work/shards" --png "$work/cohort.png"
 
 say "3/5 Distilling on 2 ranks: ZeRO-2, bf16"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-deepspeed --num_gpus 2 --module mstkd.train "$recipe" "data.shards=$work/shards" "runs_dir=$work/runs" "$@"
+deepspeed --num_gpus 2 --module mstkd.train "$recipe" "$@" "data.shards=$work/shards" "runs_dir=$work/runs" "name=$recipe"
 
 say "4/5 Evaluating teacher and student on the test split: all 15 subsets of the sequences"
 mstkd evaluate "$work/runs/$recipe"

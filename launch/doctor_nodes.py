@@ -75,7 +75,8 @@ def run(cluster: Cluster, nodes: int, folder: Path) -> Reports:
     """One task per node under srun; returns what they said, with `arrived` (seconds since 1970, here) added to their facts."""
     from mstkd.engine.environment import PORTS
 
-    script = "\n".join([*(f"module load {module}" for module in cluster.modules), *cluster.setup, f'exec {cluster.python_command} -c "$0" "$@"'])
+    modules = [f"module load {module}" for module in cluster.modules]
+    script = "\n".join([*modules, *cluster.setup, f'exec {cluster.python_command} -c "$0" "$@"'])
     words = [f"--immediate={WAIT_S}", "--job-name=mstkd-doctor", "--label", "--kill-on-bad-exit=0", f"--ntasks={nodes}"]
     words += [word for word in options(cluster, nodes, 1) if not word.startswith("--time=")]
     words += [f"--time={1 + RUN_S // 60}", *container_options(cluster)]
@@ -110,9 +111,8 @@ def container_options(cluster: Cluster) -> list[str]:
 
 def problems(facts: dict, folder: Path, token: str, deadline: float) -> list[Finding]:
     """What is wrong with one node, by its facts and by what it wrote into `folder`."""
-    return [
-        trouble for trouble in (_shared(facts, folder, token, deadline), _same_code(facts), _met(facts), _named(facts), _clock(facts)) if trouble
-    ]
+    found = (_shared(facts, folder, token, deadline), _same_code(facts), _met(facts), _named(facts), _clock(facts))
+    return [trouble for trouble in found if trouble]
 
 
 def _shared(facts: dict, folder: Path, token: str, deadline: float) -> Finding | None:

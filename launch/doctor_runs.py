@@ -19,6 +19,7 @@ from mstkd.launch.queue import Queue, look_up
 SILENT_BEATS = 10  # a run without a heartbeat for so long is gone
 RECENT = 20  # records that count for the times of a run
 REACH_S = 5.0
+STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "stopped": "KILLED", "killed": "KILLED"}  # by outcome; others FAILED
 EVALUATION_S = 24 * 3600  # an evaluation gives no sign of life; after a day it is taken for dead
 
 
@@ -85,7 +86,7 @@ def _given_store(uri: str) -> Finding:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACH_S):
             return ok("mlflow", f"{uri} answers")
     except urllib.error.HTTPError as error:
-        return warn("mlflow", f"{uri} answers with HTTP status {error.code}", "check the address, and the token or password that the server wants")
+        return warn("mlflow", f"{uri} answers with HTTP status {error.code}", "check the address, and the password that the server wants")
     except (OSError, ValueError) as error:
         return warn("mlflow", f"{uri} does not answer: {getattr(error, 'reason', error)}", advice)
 
@@ -121,7 +122,8 @@ def stale_runs(runs_dir: Path, runs: dict[Path, RunConfig], fix: bool) -> Iterat
             close(runs[folder], folder, left, end.status, end.at)
             yield ok("mlflow run", f"{told}; now {end.status}")
         except Exception as error:  # whatever MLflow says, the other runs are looked at
-            yield warn("mlflow run", f"{folder.name}: {type(error).__name__}: {error}".splitlines()[0], "see whether mstkd mlflow ui shows it")
+            told = f"{folder.name}: {type(error).__name__}: {error}".splitlines()[0]
+            yield warn("mlflow run", told, "see whether mstkd mlflow ui shows it")
 
 
 def _gone(folder: Path, run, now: float) -> bool:
@@ -152,8 +154,7 @@ def ending(folder: Path, config: RunConfig, queue: Queue, now: float) -> End | N
     signs = [folder / "attempts" / f"{newest.number:04d}.json", *(folder / "heartbeats").glob("rank-*.json")]
     last = max(path.stat().st_mtime for path in signs)
     if newest.ending is not None:
-        status = {"finished": "FINISHED", "interrupted": "KILLED", "stopped": "KILLED", "killed": "KILLED"}.get(newest.ending.outcome, "FAILED")
-        return End(status, f"attempt {newest.number} ended ({newest.ending.outcome})", last)
+        return End(STATUS.get(newest.ending.outcome, "FAILED"), f"attempt {newest.number} ended ({newest.ending.outcome})", last)
     silence = now - last
     if silence <= SILENT_BEATS * config.watchdog.heartbeat_s:
         return None

@@ -28,7 +28,8 @@ def findings(cluster: Cluster | None, runs_dir: Path) -> Iterator[Finding]:
         return
     ping = ask("scontrol", "ping")
     if "is UP" not in ping.out:
-        yield bad("slurmctld", f"no answer: {ping.message}", "check SLURM_CONF and /etc/slurm/slurm.conf, or ask whether the controller is down")
+        advice = "check SLURM_CONF and /etc/slurm/slurm.conf, or ask whether the controller is down"
+        yield bad("slurmctld", f"no answer: {ping.message}", advice)
         return
     yield ok("slurmctld", ping.out.strip().splitlines()[0])
     config = parse_config(ask("scontrol", "show", "config").out)
@@ -91,7 +92,8 @@ def preemption(config: dict[str, str], partition: dict[str, str] | None) -> Find
         return ok("preemption", "jobs are not preempted here")
     grace, told = int((partition or {}).get("GraceTime", 0)), "preempt_send_user_signal" in config.get("SlurmctldParameters", "")
     if "SUSPEND" in mode:
-        return warn("preemption", f"PreemptMode={mode}: jobs are suspended", "set watchdog.hang_min above the longest pause, or a run ends as hung")
+        advice = "set watchdog.hang_min above the longest pause, or a run ends as hung"
+        return warn("preemption", f"PreemptMode={mode}: jobs are suspended", advice)
     if told and grace:
         return ok("preemption", f"PreemptMode={mode}: USR2 comes {grace} s before the end, and the run saves")
     signal = "SIGTERM" if told or not grace else f"SIGTERM, {grace} s before the end,"
@@ -126,7 +128,8 @@ def partition_findings(
     """Whether the partition exists, is open, has the nodes and the time; whether their names resolve here."""
     wanted = cluster.partition.split(",") if cluster and cluster.partition else []
     if unknown := [name for name in wanted if name not in partitions]:
-        yield fail("partition", f"no partition {unknown[0]} here", f"set partition: in the cluster file to one of {listed(sorted(partitions))}")
+        advice = f"set partition: in the cluster file to one of {listed(sorted(partitions))}"
+        yield fail("partition", f"no partition {unknown[0]} here", advice)
         return
     if partition is None:
         bad = fail if cluster else warn
@@ -138,7 +141,8 @@ def partition_findings(
     most, usual = partition.get("MaxTime", "UNLIMITED"), partition.get("DefaultTime", "NONE")
     limit = minutes(most)
     if cluster and limit is not None and cluster.timeout_min > limit:
-        yield fail("time limit", f"timeout_min {cluster.timeout_min} is over {name}'s MaxTime {most}", f"set timeout_min: to {limit:.0f} or less")
+        told = f"timeout_min {cluster.timeout_min} is over {name}'s MaxTime {most}"
+        yield fail("time limit", told, f"set timeout_min: to {limit:.0f} or less")
     else:
         asked = f"; timeout_min {cluster.timeout_min} fits" if cluster else ""
         yield ok("time limit", f"{name}: at most {most}, without a request {most if usual == 'NONE' else usual}{asked}")
@@ -151,7 +155,8 @@ def nodes_of(partition: str, cluster: Cluster | None) -> Iterator[Finding]:
     usable = [node for node, state in states.items() if state.startswith(USABLE) and not state.endswith("*")]
     told = f"{partition}: {len(usable)} of {len(states)} nodes are usable"
     if cluster and cluster.nodes > len(usable):
-        yield warn("partition", f"{told}, and the cluster file asks for {cluster.nodes}", "lower nodes:, or see sinfo -R for why nodes are out")
+        told = f"{told}, and the cluster file asks for {cluster.nodes}"
+        yield warn("partition", told, "lower nodes:, or see sinfo -R for why nodes are out")
     else:
         yield ok("partition", told)
     some = sorted(states)[:: -(-len(states) // MOST_NAMES) or 1]
@@ -159,7 +164,7 @@ def nodes_of(partition: str, cluster: Cluster | None) -> Iterator[Finding]:
         unknown = [node for node, known in zip(some, pool.map(_resolves, some), strict=True) if not known]
     if unknown:
         advice = "ranks meet by these names: put the nodes into DNS or /etc/hosts; mstkd doctor --nodes asks the nodes themselves"
-        yield warn("node names", f"{listed(unknown)} do not resolve from here" if len(unknown) > 1 else f"{unknown[0]} does not resolve from here", advice)
+        yield warn("node names", f"not resolved from here: {listed(unknown)}", advice)
     elif some:
         yield ok("node names", f"{listed(some)} resolve")
 
@@ -177,7 +182,8 @@ def request(cluster: Cluster) -> Finding:
     said = re.sub(r"^(sbatch|allocation failure): (error: )?", "", answer.message)
     if answer.ok:
         return ok("request", re.sub(r"^Job \d+ ", "a job would ", said))
-    return fail("request", f"SLURM refuses what the cluster file asks for: {said}", "compare with sinfo, and sacctmgr show assoc user=$USER")
+    told = f"SLURM refuses what the cluster file asks for: {said}"
+    return fail("request", told, "compare with sinfo, and sacctmgr show assoc user=$USER")
 
 
 def options(cluster: Cluster, nodes: int | None = None, tasks_per_node: int | None = None) -> list[str]:
@@ -197,7 +203,8 @@ def time_findings(config: dict[str, str], cluster: Cluster | None, known: Measur
     kill_wait = seconds(config.get("KillWait", "30 sec"))
     if cluster is not None:
         yield fits("signal delay", f"signal_delay_s {cluster.signal_delay_s}", cluster.signal_delay_s, known, "raise signal_delay_s")
-    yield fits("KillWait", f"KillWait {kill_wait} s", kill_wait, known, "scancel --signal=USR2 saves before; lower checkpoint.every_min to lose less")
+    advice = "scancel --signal=USR2 leaves more time; lower checkpoint.every_min to lose less"
+    yield fits("KillWait", f"KillWait {kill_wait} s", kill_wait, known, advice)
 
 
 def fits(thing: str, limit: str, allowed_s: float, known: Measured | None, advice: str) -> Finding:

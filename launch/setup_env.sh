@@ -28,18 +28,21 @@ find_python() {
 # setup_environment EXTRAS : e.g. setup_environment "[test]", or "" for none
 setup_environment() {
   local extras="$1"
-  # DeepSpeed compiles its shared-memory collectives once
-  command -v g++ >/dev/null || install_packages g++
   if [ -z "${VIRTUAL_ENV:-}" ]; then
-    if [ ! -x .venv/bin/python ]; then
+    if [ ! -f .venv/bin/activate ]; then
       say "Making a virtual environment in .venv"
       local python
       python="$(find_python)"
-      "$python" -m venv .venv || { install_packages python3-venv; "$python" -m venv .venv; }
+      rm -rf .venv # what an interrupted start may have left
+      "$python" -m venv .venv || { rm -rf .venv; install_packages python3-venv; "$python" -m venv .venv; }
     fi
     # shellcheck disable=SC1091
     . .venv/bin/activate
   fi
+  # DeepSpeed compiles its shared-memory collectives once
+  command -v g++ >/dev/null || install_packages g++
+  python -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())' ||
+    install_packages "$(python -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')"
   local wanted
   wanted="$(cat pyproject.toml launch/constraints.txt | sha256sum | cut -d' ' -f1) $extras $PWD"
   if [ "$(cat "$VIRTUAL_ENV/.mstkd-installed" 2>/dev/null)" != "$wanted" ]; then

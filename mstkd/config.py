@@ -98,7 +98,7 @@ class RoleConfig(Section):
     gradient_clipping: float | None = Field(None, ge=0)
 
 
-Precision = Literal["fp32", "bf16", "fp16"]  # bf16, fp16: autocast over fp32 weights
+Precision = Literal["fp32", "bf16", "fp16"]  # bf16, fp16: autocast over fp32 weights; fp16 for inference alone so far
 
 
 class TrainConfig(Section):
@@ -116,7 +116,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of train.steps and train.epochs")
+            raise ValueError("give exactly one of train.steps and train.epochs, and set the other one to null")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}")
         return self
@@ -287,13 +287,16 @@ def validate_section(model: type[BaseModel], values: dict, prefix: str, source: 
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problem = error.errors()[0]
+        # a misspelt key is reported before the one that is missing because of it
+        problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in (*([prefix] if prefix else []), *problem["loc"]))
         place = _place(key, source, origin or {})
         if problem["type"] == "extra_forbidden":
             valid = _valid_keys(model, problem["loc"][:-1])
             raise UserError(f"{place}: unknown key {key}{nearest(str(problem['loc'][-1]), valid)}") from None
         message = problem["msg"].removeprefix("Value error, ")
+        changed = [where for at, where in (origin or {}).items() if at.startswith(f"{key}.") and where.startswith("override")]
+        place = ", ".join([place, *changed])
         given = f" (given: {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
         raise UserError(f"{place}: {key + ': ' if key else ''}{message}{given}") from None
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from mstkd import __version__
 from mstkd.errors import UserError
@@ -41,7 +41,8 @@ def export(run_dir: Path, out: Path, format: Literal["safetensors"] = "safetenso
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     state = run.method.networks[name].state_dict()
-    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, partial / f"{name}.safetensors")
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    (partial / f"{name}.safetensors").write_bytes(save(tensors))  # its own save_file makes files for the owner alone
     (partial / "mstkd.json").write_text(json.dumps(facts, indent=1) + "\n")
     partial.rename(out)
     return out

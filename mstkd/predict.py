@@ -15,7 +15,7 @@ from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.scenarios import subset_name
 from mstkd.evaluate.weights import open_run
 from mstkd.shards.dataset import Case, known_specs, load_spec
-from mstkd.shards.preprocess import preprocess, restore
+from mstkd.shards.preprocess import check_headers, preprocess, restore
 
 
 def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = None) -> list[Path]:
@@ -36,6 +36,8 @@ def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = 
     if unknown := [name for name in dataset.sequences if name not in run.facts.sequences]:
         raise UserError(f"spec {dataset.name}: the run knows no sequence {unknown[0]}, only {', '.join(run.facts.sequences)}; choose another --spec")
     cases = dataset.find_cases(Path(input), require_complete=False)
+    for case in cases:  # all headers before the first forward: a bad last case must not cost the others
+        check_headers(case)
     predictor, console = run.predictor(), Console()
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -42,6 +42,9 @@ def open_run(config: RunConfig) -> None:
         check_same_data(read_record(folder)["data"], config)
     elif config.resume == "required":
         raise UserError(f"resume=required: {folder} holds no checkpoint; check name and runs_dir, or use resume=auto")
+    elif path.is_file() and resolved(read_run_config(folder)) != resolved(config):
+        for name in ("mlflow.json", "metrics.jsonl", "record.json"):  # of a run with other settings that never saved
+            (folder / name).unlink(missing_ok=True)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     partial.write_text(yaml.safe_dump(resolved(config), sort_keys=False))

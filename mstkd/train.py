@@ -92,6 +92,8 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     for roles in stages.values():
         for name, role in roles.items():
             role_settings(name, role, config.train)
+    if config.inference.window:
+        method.check_crop(method.config, config.inference.window, "inference.window")
     if config.init_from:
         safetensors_of(Path(config.init_from))
     return Run(config, method, training, stages, Validation(config, training.stores, ranks), ranks)
@@ -132,7 +134,8 @@ def total_steps(config: RunConfig, items_per_epoch: int) -> int:
 def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat) -> bool:
     """Train one stage to its end; False if stopped before."""
     config, method, ranks, roles = run.config, run.method, run.ranks, run.stages[name]
-    checkpoints = Checkpoints(config.run_dir / name / "checkpoints", ranks, config.checkpoint.keep)
+    sharded = any(role_settings(role, roles[role], config.train).zero_stage for role in roles)
+    checkpoints = Checkpoints(config.run_dir / name / "checkpoints", ranks, config.checkpoint.keep, sharded)
     resumed = on_main(checkpoints.newest_sound, ranks)
     if resumed and resumed[1].finished:
         log.info("stage %s: already finished at step %d", name, resumed[1].step)

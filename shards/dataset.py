@@ -107,7 +107,7 @@ class DatasetSpec(Strict):
         """
         src = Path(src)
         if not src.is_dir():
-            raise UserError(f"{src}: no such folder")
+            raise UserError(f"{src}: no such folder; give the one that holds the cases")
         roots = self._subject_folders(src) if self.layout == "folders" else self._flat_subjects(src)
         if not roots:
             raise UserError(f"{src}: no case of data set {self.name}; expected {self.expected()}")

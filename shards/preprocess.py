@@ -19,6 +19,7 @@ from mstkd.shards.spec import LabelScheme, SequenceStats, SubjectMeta
 
 AFFINE_TOLERANCE_MM = 1e-3
 STATS_PERCENTILES = (0.1, 0.5, 99.5, 99.9)
+UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
 
 Box = tuple[tuple[int, int], ...]
 
@@ -108,14 +109,19 @@ def load_case(case: Case, label_scheme: LabelScheme | None) -> RawCase:
     return RawCase(volumes, label, shape, affine)
 
 
+def check_headers(case: Case) -> None:
+    """Raise UserError where the headers alone tell that `load_case` will."""
+    (first, reference), *others = ((path, _open(path)) for path in case.files.values())
+    for path, image in others:
+        _same_grid(path, image.shape, image.affine, first, reference.shape, reference.affine)
+
+
 def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (3 axes, as in the file, scaled) and affine (4, 4) of a NIfTI file. Raises UserError."""
+    image = _open(path)
     try:
-        image = nib.load(path)
         data = np.asanyarray(image.dataobj)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error):
+    except UNREADABLE:
         raise UserError(f"{path}: truncated or not a NIfTI; copy or download it again") from None
     if data.ndim != 3 or 0 in data.shape:
         raise UserError(f"{path}: expected a volume with 3 axes, found shape {data.shape}; split it into one file per sequence")
@@ -125,6 +131,15 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(affine).all() or np.isnan(nib.io_orientation(affine)).any():
         raise UserError(f"{path}: the affine in its header is singular; restore the header's geometry")
     return data, affine
+
+
+def _open(path: Path) -> nib.Nifti1Image:
+    try:
+        return nib.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UNREADABLE:
+        raise UserError(f"{path}: truncated or not a NIfTI; copy or download it again") from None
 
 
 def brain_mask(volumes: list[np.ndarray]) -> np.ndarray:

@@ -86,7 +86,8 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         return {"score": float(torch.sigmoid(weight))}
 
     stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
-    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep), Recorder(), stop, Heartbeat(Path(folder), ranks, 0, config.watchdog))
+    heartbeat = Heartbeat(Path(folder), ranks, 0, config.watchdog)
+    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep, zero > 0), Recorder(), stop, heartbeat)
     if resumed := on_main(trainer.checkpoints.newest_sound, ranks):
         trainer.resume(*resumed)
     try:

@@ -64,6 +64,7 @@ def test_help_names_every_command():
         (("train",), ("RECIPE", "mstkd train --help")),
         (("train", "mst_kdnet_phantm"), ("mst_kdnet_phantm", "did you mean 'mst_kdnet_phantom'")),
         (("train", "mst_kdnet_phantom", "train.stepz=1"), ("train.stepz", "did you mean 'steps'")),
+        (("shards", "phantom", "--out", "/proc/nowhere/x"), ("/proc/nowhere",)),
         (("train", "mst_kdnet_phantom", "steps"), ("'steps'", "key=value")),
         (("shards", "build", "--spec", "brats2018", "--src", "a"), ("--out", "mstkd shards build --help")),
         (("shards", "phantom", "--out", "x", "--subjects", "0"), ("--subjects", "mstkd shards phantom --help")),
@@ -153,3 +154,15 @@ def test_from_phantom_to_a_verified_and_inspected_shard_set(tmp_path):
     assert (tmp_path / "shards.png").read_bytes().startswith(b"\x89PNG")
     again = mstkd(*steps[1], cwd=tmp_path)
     assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
+
+
+def test_a_misspelt_key_is_named_before_the_one_it_leaves_missing(tmp_path):
+    (tmp_path / "mine.yaml").write_text("name: x\nmethod: {name: mst_kdnet}\ndata: {shards: s, crop: [64, 64, 64]}\ntrian: {global_batch: 2}\n")
+    done = mstkd("train", "mine.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: mine.yaml:4: unknown key trian; did you mean 'train'?\n")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = mstkd("shards", "phantom", "--out", "file/nifti", "--subjects", "1", "--size", "32", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "file" in done.stderr, done.stderr

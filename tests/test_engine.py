@@ -139,6 +139,18 @@ def test_no_sound_checkpoint_is_an_error_and_not_a_fresh_start(one_rank, tmp_pat
             one_rank.run("engine_ranks.py", "train", folder=str(tmp_path))
 
 
+def test_another_rank_count_is_refused_before_anything_changes(one_rank, two_ranks, tmp_path):
+    two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=2, stop_after=5)
+    flip_a_bit(tmp_path / "step-00000005")
+    with pytest.raises(AssertionError, match="step-00000004: 2 ranks wrote it and 1 are here; .* resume on 2"):
+        one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=2)
+    assert (tmp_path / "step-00000005").is_dir()
+    whole = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "whole"), zero=0)[0]
+    two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "plain"), zero=0, stop_after=5)
+    rest = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path / "plain"), zero=0)[0]
+    assert max(abs(curve(rest)[step] - curve(whole)[step]) for step in range(6, 11)) < 1e-5
+
+
 def test_stop_during_validation_costs_no_update_and_the_validation_is_made_up_for(two_ranks, tmp_path):
     first = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), best=True, stop_in_validation_at=10)
     assert not first[0]["finished"] and first[0]["step"] == 10 and first[0]["state"]["validated_step"] == 5

@@ -193,7 +193,7 @@ def test_other_splits_and_sets_get_their_own_folder(run, shards, tmp_path, capsy
     assert read(run / "evaluation" / "shards-val" / "summary.json")["split"] == "val"
     other = tmp_path / "hospital"
     shutil.copytree(shards, other)
-    with pytest.raises(UserError, match="training subject .* and all subject .*: same patient .*allow_overlap"):
+    with pytest.raises(UserError, match="training subject .* and all subject .*: same patient .*say --allow-overlap"):
         evaluate_run(run, data=other, split="all")
     assert not (run / "evaluation" / "hospital-all").exists()
     capsys.readouterr()

@@ -111,7 +111,7 @@ def test_any_subset_will_do_and_is_said(run, case, tmp_path, capsys):
     assert not np.array_equal(voxels(tmp_path / "one" / f"{SUBJECT}.nii.gz"), voxels(tmp_path / "three" / f"{SUBJECT}.nii.gz"))
 
 
-def test_bad_input_is_one_line_and_leaves_nothing_behind(run, case, tmp_path):
+def test_bad_input_is_one_line_and_leaves_nothing_behind(run, case, tmp_path, capsys):
     def fails(match, **named):
         with pytest.raises(UserError, match=match) as caught:
             predict_folder(run, case.parent, named.pop("output", tmp_path / "out"), **named)
@@ -120,12 +120,14 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(run, case, tmp_path):
 
     fails("exists already; choose another --output", output=case)
     fails("spec phantom_7t: the run knows no sequence t1_3t", spec="phantom_7t")
-    image = nib.load(scan(case, "t2"))
-    nib.save(nib.Nifti1Image(voxels(scan(case, "t2"))[:-1], image.affine), scan(case, "t2"))
-    fails("shape .* differs from .*flair.nii.gz")
     whole = scan(case, "t2").read_bytes()
     scan(case, "t2").write_bytes(whole[: len(whole) // 2])
     fails("t2.nii.gz: truncated or not a NIfTI")
+    scan(case, "t2").write_bytes(whole)
+    nib.save(nib.Nifti1Image(voxels(scan(case, "t2"))[:-1], nib.load(scan(case, "t2")).affine), scan(case, "t2"))
+    capsys.readouterr()
+    fails("shape .* differs from .*flair.nii.gz")
+    assert "Phantom" not in capsys.readouterr().out  # said before the first case is predicted
 
 
 def test_predictions_that_cannot_be_scored_are_refused(run, case, tmp_path):
@@ -164,6 +166,7 @@ def test_export_carries_what_is_needed_and_nothing_that_identifies(run, tmp_path
     facts = json.loads((folder / "mstkd.json").read_text())
     assert facts["sequences"] == ["flair", "t1", "t1ce", "t2"] and facts["method"]["name"] == "toys.linear"
     assert facts["label_scheme"]["paint"] == {"WT": 2, "TC": 1, "ET": 4} and facts["intensity"]["kind"] == "zscore"
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {(folder / "mstkd.json").stat().st_mode & 0o777}
     text = (folder / "mstkd.json").read_text()
     assert str(run.parents[1]) not in text and "Phantom_" not in text and "/" not in text
     method, _ = method_and_source(run.parents[1] / "shards")

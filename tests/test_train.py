@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from mstkd.shards.spec import read_index
 
@@ -93,8 +94,6 @@ def test_stop_signal_then_resume_gives_the_uninterrupted_curve(two_ranks, overri
 
 def statuses(runs_dir: Path) -> dict[str, str]:
     """Status by name of every MLflow run."""
-    from mlflow import MlflowClient
-
     client = MlflowClient(f"sqlite:///{runs_dir}/mlflow.db")
     experiments = [e.experiment_id for e in client.search_experiments()]
     return {run.info.run_name: run.info.status for run in client.search_runs(experiments)}
@@ -133,6 +132,8 @@ def test_a_run_that_never_saved_may_still_change_its_configuration(one_rank, ove
     shutil.rmtree(folder / "distill/checkpoints")  # as if it had ended before its first save
     again = one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*words, "method.tau=5"])[0]
     assert [step for step, _ in again["curve"]] == [1]
+    client, ids = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db"), json.loads((folder / "mlflow.json").read_text())
+    assert client.get_run(ids["run_id"]).data.params["method.tau"] == "5.0"  # another MLflow run: parameters are written once
 
 
 @pytest.mark.slow
@@ -198,6 +199,8 @@ def test_warm_start_takes_what_fits_and_lists_the_rest(two_ranks, overrides, tmp
     (["init_from=nowhere.safetensors"], "nowhere.safetensors: no such file"),
     (["resume=required"], "holds no checkpoint"),
     (["validate.subsets=[pd]"], "pd"),
+    (["inference.window=[50, 50, 50]"], "inference.window [50, 50, 50]: each axis must be divisible by 32"),
+    (["train.epochs=3"], "override 'train.epochs=3': train: give exactly one of train.steps and train.epochs, and set the other one to null"),
 ])  # fmt: skip
 def test_bad_recipe_is_one_line(one_rank, overrides, change, expected):
     with pytest.raises(AssertionError) as caught:

@@ -41,8 +41,9 @@ class TrainState:
 class Checkpoints:
     """The checkpoint folder of one stage."""
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int):
-        self.folder, self.ranks, self.keep = folder, ranks, keep
+    def __init__(self, folder: Path, ranks: Ranks, keep: int, sharded: bool):
+        """`sharded`: some role's optimiser state is cut by ranks (ZeRO 1-3), so that only as many ranks can load it."""
+        self.folder, self.ranks, self.keep, self.sharded = folder, ranks, keep, sharded
         self.saved_step: int | None = None  # the newest one written or resumed from
 
     def save(self, state: TrainState, write_roles) -> None:
@@ -56,7 +57,7 @@ class Checkpoints:
         write_roles(partial)
         barrier(self.ranks)
         if self.ranks.main:
-            _seal(partial, state, _checksums(partial))
+            _seal(partial, state, self.ranks.world, _checksums(partial))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             self._point("latest", final)
@@ -78,13 +79,14 @@ class Checkpoints:
         if write_best is not None:
             write_best(partial)
         if self.ranks.main:
-            checksums = _read(final)["sha256"]
+            before = _read(final)
+            checksums = before["sha256"]
             if write_best is not None:
                 checksums |= _checksums(partial)
                 for file in partial.iterdir():
                     os.replace(file, final / file.name)
                 partial.rmdir()
-            _seal(final, state, checksums)
+            _seal(final, state, before["ranks"], checksums)
             if write_best is not None:
                 self._point("best", final)
                 self._prune()
@@ -93,22 +95,30 @@ class Checkpoints:
     def newest_sound(self) -> tuple[Path, TrainState] | None:
         """The newest checkpoint whose files match their checksums, and its state; None if none was ever written.
 
-        Each damaged one is named in a warning and set aside. Raises UserError if there are checkpoints but none is sound.
+        Each damaged one is named in a warning and set aside. Raises UserError, and changes nothing, if there are
+        checkpoints but none is sound, or if another number of ranks wrote it and its state is cut by ranks.
         """
+        sound, damaged = None, []
         for folder in sorted(self.folder.glob("step-????????"), reverse=True):
             problem = damage(folder)
             if problem is None:
-                return folder, self._state_of(folder)
-            aside = folder.with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            log.warning("checkpoint %s is damaged (%s): set aside as %s; falling back to the one before", folder.name, problem, aside.name)
-        if any(self.folder.glob("step-*.damaged")):
+                sound = folder
+                break
+            damaged.append((folder, problem))
+        if sound is None and (damaged or any(self.folder.glob("step-*.damaged"))):
             raise UserError(
                 f"{self.folder}: every checkpoint is damaged; restore one from a copy, delete this folder to train the stage anew, "
                 "or start another run with name=..."
             )
-        return None
+        if sound is None:
+            return None
+        self._check_ranks(sound)
+        for folder, problem in damaged:
+            aside = folder.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            log.warning("checkpoint %s is damaged (%s): set aside as %s; falling back to the one before", folder.name, problem, aside.name)
+        return sound, self._state_of(sound)
 
     def pointer(self, name: str) -> Path | None:
         """The folder that `latest` or `best` names, if any."""
@@ -117,6 +127,14 @@ class Checkpoints:
 
     def _step_folder(self, state: TrainState) -> Path:
         return self.folder / f"step-{state.step:08d}"
+
+    def _check_ranks(self, folder: Path) -> None:
+        wrote = _read(folder)["ranks"]
+        if self.sharded and wrote != self.ranks.world:
+            raise UserError(
+                f"{folder}: {wrote} ranks wrote it and {self.ranks.world} are here; the optimiser state of ZeRO 1-3 is cut by ranks: "
+                f"resume on {wrote}, or start another run from its weights with name=... init_from=RUN"
+            )
 
     def _state_of(self, folder: Path) -> TrainState:
         """The state in a sound checkpoint; a best checkpoint that no longer exists is forgotten, with a warning."""
@@ -163,10 +181,10 @@ def _read(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
-def _seal(folder: Path, state: TrainState, checksums: dict[str, str]) -> None:
+def _seal(folder: Path, state: TrainState, ranks: int, checksums: dict[str, str]) -> None:
     """Write state.json in one move: until then the folder counts as what it was."""
     partial = folder / f"{STATE}.tmp"
-    _write_durably(partial, json.dumps({"state": asdict(state), "sha256": checksums}, indent=1))
+    _write_durably(partial, json.dumps({"state": asdict(state), "ranks": ranks, "sha256": checksums}, indent=1))
     os.replace(partial, folder / STATE)
 
 

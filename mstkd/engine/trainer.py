@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mstkd.batch import Batch, Progress, StepOutput
@@ -263,7 +263,7 @@ class Trainer:
                         for name in engine.role.networks
                         for key, value in self.stage.method.networks[name].state_dict().items()
                     }
-                    save_file(weights, folder / f"{role}.safetensors")
+                    (folder / f"{role}.safetensors").write_bytes(save(weights))  # save_file makes files for the owner alone
 
     def _log_figures(self) -> None:
         config, step = self.stage.config, self.state.step

@@ -94,13 +94,10 @@ def colours(scheme: LabelScheme) -> dict[str, tuple[int, str]]:
 
 
 def _fullest_slice(case: CasePicture, axis: int) -> int:
-    """Where the truth is largest; without any, where the predictions are; else the middle."""
+    """Where the truth is largest; without any, where the most brain is seen."""
     others = tuple(other for other in range(3) if other != axis)
-    for labels in (case.truth, *case.predictions.values()):
-        area = np.count_nonzero(labels, axis=others)
-        if area.any():
-            return int(area.argmax())
-    return case.truth.shape[axis] // 2
+    shown = case.truth if case.truth.any() else case.background != case.background.flat[0]
+    return int(np.count_nonzero(shown, axis=others).argmax())
 
 
 def _draw(axes, case: CasePicture, labels: NDArray[np.uint8], scheme: LabelScheme, axis: int, position: int) -> None:

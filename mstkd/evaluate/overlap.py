@@ -51,16 +51,15 @@ def refuse_overlap(stores: Sequence[ShardStore], config: DataConfig) -> None:
     if config.allow_overlap:
         return
     for split in ("val", "test"):
-        refuse(overlap_with_training(stores, config.fold, stores, split), split)
+        refuse(overlap_with_training(stores, config.fold, stores, split), split, "data.allow_overlap=true")
 
 
-def refuse(found: Sequence[Overlap], split: str) -> None:
-    """Raise UserError naming the first pair, if there is one."""
+def refuse(found: Sequence[Overlap], split: str, permission: str) -> None:
+    """Raise UserError naming the first pair, if there is one, and the `permission` that lets it pass."""
     if found:
         trained, other, reason = found[0]
         raise UserError(
-            f"training subject {trained} and {split} subject {other}: {reason} ({len(found)} such pairs); "
-            "repair splits.json, or say data.allow_overlap=true"
+            f"training subject {trained} and {split} subject {other}: {reason} ({len(found)} such pairs); repair splits.json, or say {permission}"
         )
 
 

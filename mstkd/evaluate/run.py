@@ -168,7 +168,7 @@ def _check_data(run: TrainedRun, source: CaseSource, split: str, subjects: Seque
 def _overlap_note(run: TrainedRun, source: CaseSource, split: str, allowed: bool) -> dict[str, str]:
     found = overlap_with_training(run.source.stores, run.config.data.fold, source.stores, split)
     if not (allowed or run.config.data.allow_overlap):
-        refuse(found, split)
+        refuse(found, split, "--allow-overlap")
     if not found:
         return {}
     return {"overlap": f"ALLOWED OVERLAP: {len({other for _, other, _ in found})} of these cases were seen in training; the figures are optimistic"}

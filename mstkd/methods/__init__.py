@@ -91,8 +91,8 @@ class Method(ABC):
         """Label map (B, X, Y, Z) uint8 in the data's label scheme from logits (B, K, X, Y, Z)."""
 
     @classmethod
-    def check_crop(cls, config: BaseModel, crop: tuple[int, int, int]) -> None:
-        """Raise UserError if the networks cannot take this crop; called before anything heavy is built."""
+    def check_crop(cls, config: BaseModel, crop: tuple[int, int, int], key: str = "data.crop") -> None:
+        """Raise UserError if the networks cannot take this crop, or the window `key`; called before anything heavy is built."""
 
 
 def available_methods() -> list[str]:

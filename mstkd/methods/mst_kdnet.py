@@ -224,9 +224,9 @@ class MSTKDNet(Method):
         return self.config.intensity
 
     @classmethod
-    def check_crop(cls, config: MSTKDNetConfig, crop: tuple[int, int, int]) -> None:
-        _check_divisible("data.crop", crop)
-        if config.reference_head and not config.no_gsme and tuple(size // 64 for size in crop) != (2, 3, 2):
+    def check_crop(cls, config: MSTKDNetConfig, crop: tuple[int, int, int], key: str = "data.crop") -> None:
+        _check_divisible(key, crop)
+        if key == "data.crop" and config.reference_head and not config.no_gsme and tuple(size // 64 for size in crop) != (2, 3, 2):
             raise UserError(f"method.reference_head: fits crops like [160, 192, 128], not {list(crop)}; set method.reference_head to false")
 
     def roles(self, stage: str) -> dict[str, Role]:
