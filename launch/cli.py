@@ -197,17 +197,26 @@ def methods() -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Check that this machine can train; each finding is one line with its fix.
+def doctor(
+    cluster: Annotated[str | None, typer.Option(help="Also check what this cluster, by name or YAML file, needs of SLURM.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="With --cluster: also run a check on so many nodes.", min=1)] = None,
+    runs_dir: Annotated[Path, typer.Option(help="The folder of the runs.")] = Path("runs"),
+    fix: Annotated[bool, typer.Option("--fix", help="Close the MLflow runs that a hard kill left RUNNING.")] = False,
+) -> None:
+    """Check that this machine and its cluster can train; each finding is one line with its fix. Exit code 1 if one says FAIL.
 
     Example: mstkd doctor
+
+    Example: mstkd doctor --cluster gpu --nodes 2 --runs-dir runs
     """
     from mstkd.launch.doctor import findings
 
-    found = findings()
-    for finding in found:
+    failed = False
+    for finding in findings(runs_dir, cluster, nodes, fix):
         typer.echo(str(finding))
-    if any(finding.state == "missing" for finding in found):
+        sys.stdout.flush()
+        failed |= finding.state == "FAIL"
+    if failed:
         raise typer.Exit(1)
 
 

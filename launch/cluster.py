@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-import mstkd
 from mstkd.config import Section, nearest, read_yaml, validate_section
 from mstkd.errors import UserError
 
@@ -74,6 +73,8 @@ def cluster_folders() -> list[Path]:
 
 def packaged_slurm() -> Path:
     """The folder `slurm/`, in the package or, in an editable install, beside it: presets, batch script, devcluster."""
+    import mstkd
+
     package = Path(mstkd.__file__).parent
     return package / "slurm" if (package / "slurm").is_dir() else package.parent / "slurm"
 

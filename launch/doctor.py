@@ -163,4 +163,5 @@ def _ports() -> Finding:
             return ok("ports", f"{span}, e.g. {port} is free")
         except OSError:
             continue
-    return fail("ports", f"none of those tried in {span} can be bound", "ranks meet there: ask why this host forbids it, or set MASTER_PORT")
+    advice = "ranks meet there: ask why this host forbids it, or set MASTER_PORT"
+    return fail("ports", f"none of those tried in {span} can be bound", advice)

@@ -181,7 +181,7 @@ def request(cluster: Cluster) -> Finding:
     answer = ask("sbatch", "--test-only", *options(cluster), "--wrap", "true", limit_s=30)
     said = re.sub(r"^(sbatch|allocation failure): (error: )?", "", answer.message)
     if answer.ok:
-        return ok("request", re.sub(r"^Job \d+ ", "a job would ", said))
+        return ok("request", re.sub(r"^Job \d+ to start at \S+ using", "a job would get", said))
     told = f"SLURM refuses what the cluster file asks for: {said}"
     return fail("request", told, "compare with sinfo, and sacctmgr show assoc user=$USER")
 

@@ -52,6 +52,11 @@ class Queue:
     def live(self, ids: Iterable[str]) -> list[SlurmJob]:
         return [self.jobs[id] for id in ids if id in self.jobs and self.jobs[id].live]
 
+    def knows_array_of(self, id: str) -> bool:
+        """Whether other members of the array are known. SLURM forgets at once a member that is cancelled while it waits."""
+        array, member, _ = id.partition("_")
+        return bool(member) and any(known.startswith(f"{array}_") for known in self.jobs)
+
 
 def look_up(ids: Iterable[str], past: Iterable[str] = ()) -> Queue:
     """One squeue for the jobs `ids`; then, if squeue has forgotten any of `past`, one sacct for these.
@@ -66,7 +71,11 @@ def look_up(ids: Iterable[str], past: Iterable[str] = ()) -> Queue:
     except NoAnswerError as error:
         return Queue(note=str(error))
     try:
-        jobs |= sacct(forgotten) if (forgotten := set(past) - jobs.keys()) else {}
+        if forgotten := set(past) - jobs.keys():
+            # the accounting comes late: what it calls live, and the controller does not know, is not
+            told = {id: job for id, job in sacct(forgotten).items() if not job.live}
+            # members that were cancelled one by one while they waited it has under the array's number alone
+            jobs |= {id: job for id in forgotten if (job := told.get(id) or told.get(id.partition("_")[0]))}
     except NoAnswerError:
         pass  # many clusters keep no accounting
     return Queue(jobs, answered=True)

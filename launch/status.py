@@ -177,7 +177,8 @@ def _status(files: RunFiles, queue: Queue, now: float) -> RunStatus:
     state, reason = _of_live(files, current, now) if current else _of_ended(files, queue, now)
     beat = files.main_beat or {}
     evaluating = current is not None and not current.waiting and _kind(files, current.id) == "evaluate"
-    rate = beat.get("steps_per_s") if state == "running" and not evaluating and beat.get("attempt") == files.last.number else None
+    under_way = beat and state == "running" and not evaluating and beat["attempt"] == files.last.number
+    rate = beat.get("steps_per_s") if under_way else None
     left = (beat["total_steps"] - beat["step"]) if beat.get("total_steps") else None
     newest = [files.chain[-1].id] if files.chain else [files.last.job] if files.last and files.last.job else []
     hosts = sorted({seen.beat["host"] for seen in files.seen if seen.beat["attempt"] == beat["attempt"]}) if state in ("running", "hung") else []
@@ -264,6 +265,8 @@ def _of_unstarted(job: SubmittedJob, queue: Queue) -> tuple[State, str]:
     slurm = queue.jobs.get(job.id)
     if not queue.answered:
         return "unknown", f"job {job.id} has not begun training, and the queue cannot be asked"
+    if slurm is None and queue.knows_array_of(job.id):
+        return "stopped", f"job {job.id} was cancelled before it began"
     if slurm is None:
         return "unknown", f"job {job.id} is not in the queue and has not begun training; see mstkd logs {job.id}"
     if slurm.state == "CANCELLED":

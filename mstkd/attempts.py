@@ -31,15 +31,17 @@ class Attempt:
     started: str
     world_size: int
     job: str | None  # SLURM's job id, <array>_<task> in an array
+    commit: str | None  # of the code that ran
+    versions: dict[str, str]  # of what it ran with
     ending: Ending | None  # None: it runs, or nothing could write how it ended
 
 
-def begin(run_dir: Path, world_size: int, job: str | None) -> int:
+def begin(run_dir: Path, world_size: int, job: str | None, commit: str | None = None, versions: dict[str, str] | None = None) -> int:
     """Note a start; returns its number."""
     folder = Path(run_dir) / "attempts"
     folder.mkdir(parents=True, exist_ok=True)
     number = latest(run_dir) + 1
-    start = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": world_size, "job": job}
+    start = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": world_size, "job": job, "commit": commit, "versions": versions or {}}
     _write_new(folder / f"{number:04d}.json", start)
     return number
 

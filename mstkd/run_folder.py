@@ -110,12 +110,13 @@ def read_record(folder: Path) -> dict:
 
 def record_attempt(config: RunConfig, world_size: int, job: str | None = None) -> int:
     """Note this start in the run folder; returns its number, from 1. `job`: SLURM's id of it."""
-    number = attempts.begin(config.run_dir, world_size, job)
+    git, versions = git_state(), {name: metadata.version(name) for name in RECORDED}
+    number = attempts.begin(config.run_dir, world_size, job, git and git["commit"], versions)
     path = config.run_dir / "record.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
     record |= {
-        "git": git_state(),
-        "versions": {name: metadata.version(name) for name in RECORDED},
+        "git": git,  # of the newest attempt; every attempt below has its own commit and versions
+        "versions": versions,
         "python": platform.python_version(),
         "seed": config.seed,
         "data": data_facts(config),

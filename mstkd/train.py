@@ -22,7 +22,7 @@ from mstkd.data.loader import TrainLoader
 from mstkd.data.training import TrainingSet, open_training
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine, role_settings
-from mstkd.engine.checkpoint import Checkpoints
+from mstkd.engine.checkpoint import Checkpoints, is_finished
 from mstkd.engine.distributed import agreed, barrier, from_all, on_main
 from mstkd.engine.environment import Ranks, resolve_environment, slurm_job
 from mstkd.engine.heartbeat import Heartbeat
@@ -55,6 +55,9 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
         run = prepare(config, ranks)
     on_main(lambda: refuse_overlap(run.training.stores, config.data), ranks)
     on_main(lambda: run_folder.open_run(run.config), ranks)
+    if on_main(lambda: all(is_finished(config.run_dir / name / "checkpoints") for name in run.stages), ranks):
+        log.info("%s: all stages are trained already", config.run_dir)
+        return None
     attempt = on_main(lambda: run_folder.record_attempt(run.config, ranks.world, slurm_job()), ranks)
     with (
         logged_to_file(config.run_dir, ranks),

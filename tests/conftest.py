@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from devcluster import devcluster  # noqa: E402, F401  (a fixture)
 from rank_pool import RankPool  # noqa: E402
+from short_runs import TINY  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +35,11 @@ def phantom_shards(tmp_path_factory):
     write_phantom(folder / "nifti", subjects=12, size=32, seed=3)
     build("phantom", folder / "nifti", folder / "shards", workers=1, seed=0)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def one_rank_curve(one_rank, phantom_shards, tmp_path_factory):
+    """Loss terms of ten steps on one rank under ZeRO-0: [(step, {name: value})]."""
+    runs = tmp_path_factory.mktemp("one-rank")
+    words = [*TINY, f"data.shards={phantom_shards}", f"runs_dir={runs}", "train.zero_stage=0"]
+    return one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words)[0]["curve"]

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -61,18 +61,19 @@ class DevCluster:
                 seen.append(now)
             return bool(now) and set(now) <= set(states)
 
-        if not _poll(there, timeout_s):
+        if not poll(there, timeout_s):
             pytest.fail(f"job {job_id} was not {' or '.join(states)} within {timeout_s} s; it went through {seen}")
         return seen[-1][-1]
 
     def wait_for_node(self, node: str, *states: str, timeout_s: float = 120) -> str:
         """Polls until sinfo has the node in one of `states`, e.g. "down"."""
-        if not _poll(lambda: self.node_state(node) in states, timeout_s):
+        if not poll(lambda: self.node_state(node) in states, timeout_s):
             pytest.fail(f"{node} was not {' or '.join(states)} within {timeout_s} s; it is {self.node_state(node)}")
         return self.node_state(node)
 
 
-def _poll(condition, timeout_s: float) -> bool:
+def poll(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether the condition came true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -10,7 +10,8 @@ import pytest
 from typer.main import get_command
 
 from mstkd.launch import cli
-from mstkd.launch.doctor import Finding, _package, _program
+from mstkd.launch.doctor import _package, _program
+from mstkd.launch.doctor_finding import warn
 from packaging.requirements import Requirement
 
 MSTKD = str(Path(sys.executable).parent / "mstkd")
@@ -101,13 +102,13 @@ def test_a_taken_port_is_named(tmp_path):
 
 def test_an_error_of_the_program_itself_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mstkd", "doctor"])
-    monkeypatch.setattr("mstkd.launch.doctor.findings", lambda: 1 / 0)
+    monkeypatch.setattr("mstkd.launch.doctor.findings", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main()
 
 
 def test_ctrl_c_exits_with_130(monkeypatch):
-    def interrupted():
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["mstkd", "doctor"])
@@ -129,15 +130,15 @@ def test_methods_lists_every_method_with_its_stages():
 def test_doctor_gives_a_line_per_dependency():
     done = mstkd("doctor")
     lines = done.stdout.splitlines()
-    assert {"torch", "deepspeed", "mlflow", "accelerator", "g++", "sbatch"} <= {line.split()[1] for line in lines}
-    assert done.returncode == int(any(line.startswith("missing") for line in lines))
+    assert {"torch", "deepspeed", "mlflow", "accelerator", "g++", "disk"} <= {line.split()[1] for line in lines}
+    assert done.returncode == int(any(line.startswith("FAIL") for line in lines))
 
 
 def test_doctor_says_what_to_do():
-    assert _package(Requirement("pydantic>=99")).state == "missing"
+    assert _package(Requirement("pydantic>=99")).state == "FAIL"
     assert str(_package(Requirement("no-such-package>=1"))).endswith('not installed; pip install "no-such-package>=1"')
     assert _package(Requirement("pydantic>=2,<3")).fix == ""
-    assert _program("no-such-program", "note", "install it") == Finding("note", "no-such-program", "not found", "install it")
+    assert _program("no-such-program", warn, "install it") == warn("no-such-program", "not found", "install it")
 
 
 def test_from_phantom_to_a_verified_and_inspected_shard_set(tmp_path):

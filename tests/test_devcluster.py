@@ -4,10 +4,10 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from devcluster import SCRIPTS, poll
 
 pytestmark = pytest.mark.slurm
 
@@ -39,18 +39,15 @@ def jobs(devcluster):
 
 @pytest.fixture
 def own_cluster(devcluster):
-    """The cluster, if these tests may take it down."""
+    """The cluster, if these tests may take jobs off it or take it down."""
     if not devcluster.started_here:
         pytest.skip("the cluster was up before the tests and may have jobs of others")
     return devcluster
 
 
-def text_appears(path: Path, text: str, timeout_s: float = 60) -> str:
-    deadline = time.monotonic() + timeout_s
-    while not (path.exists() and text in path.read_text()):
-        assert time.monotonic() < deadline, f"no {text!r} in {path}: {path.read_text() if path.exists() else 'no file'}"
-        time.sleep(0.1)
-    return path.read_text()
+def text_appears(path: Path, text: str, timeout_s: float = 120) -> None:
+    found = poll(lambda: path.exists() and text in path.read_text(), timeout_s)
+    assert found, f"no {text!r} in {path}: {path.read_text() if path.exists() else 'no file'}"
 
 
 def processes(devcluster) -> dict[str, str]:
@@ -82,7 +79,8 @@ def test_a_command_inside_a_node_sees_its_host_name_and_the_other_node(devcluste
 def test_accounting_knows_a_job(devcluster, jobs):
     job = jobs("--output=/dev/null", "--wrap=exit 3")
     assert devcluster.wait(job, "FAILED") == "FAILED"
-    assert "FAILED|3:0" in devcluster.run("sacct", "-nXP", "-j", job, "-o", "state,exitcode")
+    # accounting learns of it later than the controller
+    assert poll(lambda: "FAILED|3:0" in devcluster.run("sacct", "-nXP", "-j", job, "-o", "state,exitcode"), timeout_s=60)
 
 
 def test_another_user_than_root_can_submit(devcluster):
@@ -94,17 +92,17 @@ def test_a_requeued_job_starts_again(devcluster, jobs, tmp_path):
     job = jobs("--requeue", "--open-mode=append", "--output=out", "--wrap=echo attempt ${SLURM_RESTART_COUNT:-0}; sleep 300", cwd=tmp_path)
     text_appears(tmp_path / "out", "attempt 0")
     devcluster.run("scontrol", "requeue", job)
-    text_appears(tmp_path / "out", "attempt 1", timeout_s=100)
+    text_appears(tmp_path / "out", "attempt 1")
 
 
-def test_a_job_of_the_high_partition_preempts_and_the_user_signal_comes_first(devcluster, jobs, tmp_path):
+def test_a_job_of_the_high_partition_preempts_and_the_user_signal_comes_first(own_cluster, jobs, tmp_path):
     (tmp_path / "rank.py").write_text(LOGS_SIGNALS)
     size = ("--nodes=2", "--cpus-per-task=2")
     jobs(*size, "--signal=USR2@30", "--output=out", f"--wrap=srun --cpus-per-task=2 {sys.executable} rank.py", cwd=tmp_path)
     text_appears(tmp_path / "out", "ready\nready")
     urgent = jobs(*size, "--partition=high", "--output=/dev/null", "--wrap=true")
     text_appears(tmp_path / "out", "SIGUSR2\nSIGUSR2")
-    devcluster.wait(urgent, "COMPLETED", timeout_s=180)
+    own_cluster.wait(urgent, "COMPLETED", timeout_s=180)
 
 
 def test_up_again_leaves_what_runs(devcluster):
@@ -127,15 +125,15 @@ def test_a_stopped_slurmd_loses_no_job_and_up_starts_it(devcluster, jobs, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ends", "returns"), [("cut", "join"), ("kill", "start")])
-def test_a_lost_node_goes_down_and_comes_back(devcluster, ends, returns):
-    devcluster.node("n2", ends)
+def test_a_lost_node_goes_down_and_comes_back(own_cluster, ends, returns):
+    own_cluster.node("n2", ends)
     try:
-        devcluster.wait_for_node("n2", "down")
-        assert devcluster.script("status").returncode == 1
-        assert devcluster.run("srun", "--nodelist=n1", "hostname").strip() == "n1"
+        own_cluster.wait_for_node("n2", "down")
+        assert own_cluster.script("status").returncode == 1
+        assert own_cluster.run("srun", "--nodelist=n1", "hostname").strip() == "n1"
     finally:
-        devcluster.node("n2", returns)
-    devcluster.wait_for_node("n2", "idle")
+        own_cluster.node("n2", returns)
+    own_cluster.wait_for_node("n2", "idle")
 
 
 @pytest.mark.parametrize(
@@ -165,13 +163,9 @@ def test_wrong_words_end_with_one_line(devcluster, words, says):
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused(devcluster, folder, says):
-    up = subprocess.run([*_script("up")], env={**devcluster.env, "MSTKD_DEVCLUSTER": folder}, capture_output=True, text=True)
+    up = subprocess.run([SCRIPTS / "up"], env={**devcluster.env, "MSTKD_DEVCLUSTER": folder}, capture_output=True, text=True)
     assert up.returncode == 2 and up.stderr.count("\n") == 1 and says in up.stderr
     assert folder == "/etc" or not Path(folder).exists()
-
-
-def _script(name: str) -> list[str]:
-    return [str(Path(__file__).resolve().parents[1] / "slurm" / "devcluster" / name)]
 
 
 def test_down_takes_everything_back_and_up_continues(own_cluster, jobs):

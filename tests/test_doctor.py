@@ -24,6 +24,7 @@ from mstkd.launch.doctor_runs import Measured
 from mstkd.launch.queue import Queue, SlurmJob
 from mstkd.track.jsonl import JsonlTracker
 
+
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
     config = load_config("mst_kdnet_phantom", [f"runs_dir={tmp_path / 'runs'}", "watchdog.heartbeat_s=2"])
@@ -42,8 +43,8 @@ def test_a_line_says_state_thing_finding_and_fix():
 
 def test_everything_is_looked_at_in_one_go(tmp_path):
     found = list(doctor.findings(tmp_path))
-    things = {finding.thing for finding in found}
-    assert {"python", "torch", "accelerator", "backend", "bf16", "g++", "git", "disk", "torch cache", "own address", "ports", "mlflow"} <= things
+    expected = {"python", "torch", "accelerator", "backend", "bf16", "g++", "git", "disk", "torch cache", "own address", "ports", "mlflow"}
+    assert expected <= {finding.thing for finding in found}
     assert all(finding.fix for finding in found if finding.state != "OK")
     assert all("\n" not in str(finding) for finding in found)
     assert not list(tmp_path.iterdir())
@@ -202,7 +203,9 @@ def test_a_run_that_was_killed_is_named_and_closed(config):
     assert run_findings(config) == []
 
 
-@pytest.mark.parametrize(("outcome", "status"), [("failed", "FAILED"), ("hung", "FAILED"), ("interrupted", "KILLED"), ("finished", "FINISHED")])
+@pytest.mark.parametrize(
+    ("outcome", "status"), [("failed", "FAILED"), ("hung", "FAILED"), ("interrupted", "KILLED"), ("finished", "FINISHED")]
+)
 def test_an_attempt_that_said_how_it_ended_is_closed_so(config, outcome, status):
     attempts.begin(config.run_dir, 1, None)
     attempts.end(config.run_dir, 1, attempts.Ending(outcome, "a reason"))

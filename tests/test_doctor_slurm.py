@@ -156,11 +156,15 @@ def test_a_node_has_one_line_whatever_its_problems():
 
 # a real cluster
 
+ARGUMENTS = '"$0" "$@"'
+ON_NODE = f"{{python}} -c {ARGUMENTS}"  # what follows the set-up lines
+
 
 @pytest.mark.slurm
 def test_a_cluster_that_works_is_found_to_work(devcluster, tmp_path):
     found = {finding.thing: finding for finding in doctor_slurm.findings(cluster(signal_delay_s=30), tmp_path)}
     assert {thing for thing, finding in found.items() if finding.state != "OK"} == set()
+    assert found["request"].what == "a job would get 2 processors on nodes n[1-2] in partition debug"
     assert set(found) == {
         "slurmctld", "slurm", "requeue", "preemption", "accounting", "arrays", "time limit", "partition", "node names", "request",
         "signal delay", "KillWait",
@@ -199,8 +203,8 @@ def test_every_node_is_asked(devcluster, tmp_path):
 @pytest.mark.parametrize(
     ("only_on_n2", "part"),
     [
-        ('exec unshare --mount bash -c "mount -t tmpfs none {runs}; exec {python} -c \\"\\$0\\" \\"\\$@\\"" "$0" "$@"', "does not hold what was"),
-        ('exec {python} -I -S -c "$0" "$@"', "No module named"),
+        (f"exec unshare --mount bash -c 'mount -t tmpfs none {{runs}}; exec {ON_NODE}' {ARGUMENTS}", "not hold what was written"),
+        (f"exec {ON_NODE.replace('-c', '-I -S -c')}", "No module named"),
         ("echo the licence server is away; exit 3", "the licence server is away"),
     ],
     ids=["folder not shared", "without mstkd", "set-up fails"],

@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from test_train import TINY, losses
+from short_runs import TINY, losses
 
 from mstkd import attempts
 
@@ -58,3 +59,104 @@ def test_two_hosts_give_the_losses_of_one(devcluster, words, tmp_path, one_rank_
     assert losses(run / "metrics.jsonl") == pytest.approx(expected, rel=1e-5)
     assert devcluster.wait(evaluate, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
     assert len(json.loads((run / "evaluation/summary.json").read_text())["subsets"]) == 15
+
+
+def pids_on(devcluster, node: str, run: Path) -> list[int]:
+    """The ranks of a run on a node."""
+    beats = [json.loads(path.read_text()) for path in (run / "heartbeats").glob("rank-*.json")]
+    return [beat["pid"] for beat in beats if beat["host"] == node]
+
+
+def assert_whole(run: Path, one_rank_curve) -> None:
+    """metrics.jsonl holds every step once, with the losses of an undisturbed run."""
+    expected = {step: values["train/loss_networks"] for step, values in one_rank_curve}
+    assert losses(run / "metrics.jsonl") == pytest.approx(expected, rel=1e-5)
+
+
+def test_requeued_and_signalled_runs_lose_nothing(devcluster, words, tmp_path, one_rank_curve):
+    job, _ = submit(devcluster, tmp_path, words)
+    run = tmp_path / "runs" / NAME
+    reach(run, 3)
+    devcluster.run("scontrol", "requeue", job)  # by an administrator, or a preemption
+    reach(run, 6)
+    devcluster.run("scancel", "--signal=USR2", job)  # as before the time limit
+    assert devcluster.wait(job, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
+    assert endings(run) == ["stopped", "interrupted", "finished"]
+    steps = [attempt.ending.step for attempt in attempts.read(run)]
+    assert 3 <= steps[0] < steps[1] < steps[2] == 10
+    assert_whole(run, one_rank_curve)
+    ids = json.loads((run / "mlflow.json").read_text())
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run}/mlflow.db")
+    assert client.get_run(ids["run_id"]).info.status == "FINISHED"
+    assert [metric.step for metric in client.get_metric_history(ids["children"]["distill"], "train/loss_networks")] == list(range(1, 11))
+
+
+def test_a_cancelled_run_stays_cancelled_and_goes_on_when_submitted_again(devcluster, words, tmp_path, one_rank_curve):
+    job, evaluation = submit(devcluster, tmp_path, words)
+    run = tmp_path / "runs" / NAME
+    reach(run, 3)
+    devcluster.run("scancel", job)
+    assert devcluster.wait(job, "CANCELLED") == "CANCELLED"
+    assert devcluster.wait(evaluation, "CANCELLED") == "CANCELLED"  # its dependency can never be met
+    assert endings(run) == ["stopped"]
+    again, _ = submit(devcluster, tmp_path, words)
+    assert devcluster.wait(again, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
+    assert_whole(run, one_rank_curve)
+
+
+def test_a_killed_rank_takes_the_job_down_and_it_starts_again(devcluster, words, tmp_path, one_rank_curve):
+    job, _ = submit(devcluster, tmp_path, [*words, "checkpoint.every_steps=2"])
+    run = tmp_path / "runs" / NAME
+    reach(run, 3)
+    (pid,) = pids_on(devcluster, "n2", run)
+    os.kill(pid, signal.SIGKILL)
+    assert devcluster.wait(job, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
+    first, second = attempts.read(run)
+    assert first.ending.outcome in ("killed", "failed") and second.ending.outcome == "finished"
+    assert_whole(run, one_rank_curve)
+
+
+def test_a_rank_that_hangs_is_named(devcluster, words, tmp_path, one_rank_curve):
+    changes = ["checkpoint.every_steps=2", "watchdog={heartbeat_s: 1, hang_min: 0.5}"]
+    job, _ = submit(devcluster, tmp_path, [*words, *changes])
+    run = tmp_path / "runs" / NAME
+    reach(run, 3)
+    (pid,) = pids_on(devcluster, "n2", run)
+    os.kill(pid, signal.SIGSTOP)
+    assert devcluster.wait(job, "COMPLETED", timeout_s=400) == "COMPLETED", logs_of(run)
+    first, second = attempts.read(run)
+    assert first.ending.outcome == "hung" and "no sign of life from rank 1 on n2 (step" in first.ending.reason
+    assert second.ending.outcome == "finished"
+    assert_whole(run, one_rank_curve)
+
+
+@pytest.mark.slow
+def test_a_cut_link_ends_the_attempt_and_the_run_goes_on_when_it_is_back(devcluster, words, tmp_path, one_rank_curve):
+    changes = ["checkpoint.every_steps=2", "watchdog={heartbeat_s: 1, hang_min: 0.5}"]
+    job, _ = submit(devcluster, tmp_path, [*words, *changes])
+    run = tmp_path / "runs" / NAME
+    reach(run, 3)
+    devcluster.node("n2", "cut")
+    try:
+        devcluster.wait(job, "PENDING", timeout_s=200)
+    finally:
+        devcluster.node("n2", "join")
+    assert devcluster.wait(job, "COMPLETED", timeout_s=400) == "COMPLETED", logs_of(run)
+    assert endings(run)[-1] == "finished"
+    assert_whole(run, one_rank_curve)
+
+
+@pytest.mark.slow
+def test_a_lost_node_daemon_costs_at_most_the_steps_since_the_last_save(devcluster, words, tmp_path, one_rank_curve):
+    job, _ = submit(devcluster, tmp_path, [*words, "checkpoint.every_steps=2"])
+    run = tmp_path / "runs" / NAME
+    reach(run, 3)
+    devcluster.node("n2", "stop")
+    try:
+        assert devcluster.wait(job, "PENDING", "COMPLETED", timeout_s=200), logs_of(run)
+    finally:
+        devcluster.node("n2", "start")
+    assert devcluster.wait(job, "COMPLETED", timeout_s=400) == "COMPLETED", logs_of(run)
+    assert_whole(run, one_rank_curve)

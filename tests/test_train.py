@@ -12,29 +12,13 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
+from short_runs import TINY, losses
 
 from mstkd.shards.spec import read_index
-
-TINY = [
-    "method.network={width: 8, decoder_width: 2, embed_dim: 24, layers: 4, heads: 2, mlp_dim: 48, dropout: 0, fuse_dropout: 0}",
-    "data.crop=[64, 32, 32]", "data.workers=0", "train.precision=fp32", "train.global_batch=2", "train.steps=10", "train.log_every=1",
-    # the published rate, constant so that a shorter run is the beginning of a longer one
-    "train.roles={networks: {optimizer: {lr: 1.0e-4, weight_decay: 1.0e-5}, schedule: {name: constant}}}",
-    "validate={every_steps: 100, subsets: [flair+t1+t1ce+t2], max_cases: 1}", "inference.overlap=0",
-]  # fmt: skip
-
 
 @pytest.fixture
 def overrides(phantom_shards, tmp_path):
     return [*TINY, f"data.shards={phantom_shards}", f"runs_dir={tmp_path / 'runs'}"]
-
-
-@pytest.fixture(scope="module")
-def one_rank_curve(one_rank, phantom_shards, tmp_path_factory):
-    """Loss terms of ten steps on one rank under ZeRO-0."""
-    runs = tmp_path_factory.mktemp("one-rank")
-    words = [*TINY, f"data.shards={phantom_shards}", f"runs_dir={runs}", "train.zero_stage=0"]
-    return one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words)[0]["curve"]
 
 
 def launch(words, *, cwd, **environment):
@@ -42,13 +26,6 @@ def launch(words, *, cwd, **environment):
     return subprocess.Popen(
         words, cwd=cwd, env={**env, "OMP_NUM_THREADS": "1", **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-
-
-def losses(metrics: Path) -> dict[int, float]:
-    """The loss by step; a step that stands there twice is an error."""
-    rows = [row for row in map(json.loads, metrics.read_text().splitlines()) if "train/loss_networks" in row]
-    assert len({row["step"] for row in rows}) == len(rows)
-    return {row["step"]: row["train/loss_networks"] for row in rows}
 
 
 # ZeRO-3 gathers each weight into another piece of memory, where a convolution's gradient may round differently in the last bit.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mstkd.batch import Batch, Progress, StepOutput
 from mstkd.config import OptimizerConfig, RoleConfig, ScheduleConfig, TrainConfig, WatchdogConfig
 from mstkd.engine.environment import Ranks
+from mstkd.engine.jit_cache import JitCache, one_builder, place_caches
 from mstkd.errors import UserError
 from mstkd.methods import Role
 
@@ -22,9 +24,14 @@ _DEEPSPEED_OPTIMIZER = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
 
 
 def start(ranks: Ranks, watchdog: WatchdogConfig = WatchdogConfig()) -> None:
-    """Join the process group (nccl on GPUs, gloo on CPUs). Collective."""
+    """Join the process group (nccl on GPUs, gloo on CPUs). Collective.
+
+    Raises UserError where DeepSpeed's collectives for CPU ranks do not compile.
+    """
+    cache = place_caches()
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _compile_collectives(cache)
     else:
         torch.cuda.set_device(ranks.device)
     backend = "nccl" if ranks.device.type == "cuda" else "gloo"
@@ -32,6 +39,26 @@ def start(ranks: Ranks, watchdog: WatchdogConfig = WatchdogConfig()) -> None:
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     timeout = timedelta(minutes=watchdog.collective_min)  # rank 0 may hash or copy for longer than DeepSpeed's 10 minutes
     _deepspeed().init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def _compile_collectives(cache: JitCache) -> None:
+    """DeepSpeed's shared-memory collectives: compiled by one rank per node here; init_distributed then finds them loaded."""
+    _deepspeed()
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        return
+    try:
+        with one_builder(cache, builder.name):
+            builder.load()
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error:" in line or "not found" in line), lines[0])[:200]
+        raise UserError(
+            f"{cache.folder}: DeepSpeed's collectives for CPU ranks do not compile ({reason}); "
+            "install g++, ninja and the headers of Python on every node, see mstkd doctor"
+        ) from error
 
 
 def shutdown() -> None:

@@ -162,6 +162,15 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**_read(folder)["state"])
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the stage whose checkpoints lie in `folder` has been trained to its end."""
+    latest = folder / "latest"
+    if not latest.is_file():
+        return False
+    state = folder / latest.read_text().strip() / STATE
+    return state.is_file() and read_state(state.parent).finished
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:

@@ -31,6 +31,7 @@ class Beat:
 
     rank: int
     host: str
+    pid: int
     attempt: int
     stage: str | None = None
     step: int = 0  # updates done
@@ -47,7 +48,7 @@ class Heartbeat:
     def __init__(self, run_dir: Path, ranks: Ranks, attempt: int, config: WatchdogConfig):
         self.run_dir, self.ranks, self.config = Path(run_dir), ranks, config
         self.folder = self.run_dir / "heartbeats"
-        self.beat = Beat(ranks.rank, socket.gethostname(), attempt, progress=time.time())
+        self.beat = Beat(ranks.rank, socket.gethostname(), os.getpid(), attempt, progress=time.time())
         self._moved = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)

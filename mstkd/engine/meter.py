@@ -43,6 +43,8 @@ class Meter:
             "time/samples_per_s": rate * samples_per_step,
             "time/data_wait_share": self._wait_s / elapsed,
         }
+        if self._save_s:
+            figures["time/save_s"] = self._save_s
         self._sums.clear()
         self._counts.clear()
         self._restart()
@@ -51,6 +53,11 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leave `seconds` (a validation, a save) out of the rates."""
         self._since += seconds
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint took `seconds`: left out of the rates; the longest since the last line is reported as time/save_s."""
+        self._save_s = max(self._save_s, seconds)
+        self.pause(seconds)
 
     def _means(self, names: list[str]) -> list[float]:
         if not names:
@@ -62,4 +69,4 @@ class Meter:
         return (table[0] / table[1]).tolist()
 
     def _restart(self) -> None:
-        self._since, self.steps, self._wait_s = time.perf_counter(), 0, 0.0
+        self._since, self.steps, self._wait_s, self._save_s = time.perf_counter(), 0, 0.0, 0.0

@@ -192,7 +192,7 @@ class Trainer:
         average_buffers(self._trained_networks(), self.ranks)
         self.checkpoints.save(self.state, self._write_roles)
         self._saved_at = time.monotonic()
-        self.meter.pause(time.perf_counter() - began)
+        self.meter.saved(time.perf_counter() - began)
 
     def _save_overdue(self) -> bool:
         every_min = self.stage.config.checkpoint.every_min

@@ -14,6 +14,7 @@ from mstkd.config import EvaluateConfig
 from mstkd.console import log_to_console
 from mstkd.data.store import ShardStore
 from mstkd.engine import backend
+from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row, references, score_labels, score_subjects, whole_brain_baseline
@@ -38,7 +39,8 @@ def evaluate_on_ranks(run_dir: Path, data: Path | None = None, split: str = "tes
     if ranks.world > 1:
         backend.start(ranks)
     try:
-        evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world)
+        with agreed(ranks):
+            evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world)
     finally:
         backend.shutdown()
 

@@ -29,7 +29,7 @@ def prepare_database(folder: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{DATABASE}.{secrets.token_hex(4)}")
-    partial.write_bytes(_empty_database()[0])
+    partial.write_bytes(_empty_database())
     try:
         os.link(partial, path)  # in one move, and never over one that somebody else has begun to fill
     except FileExistsError:
@@ -45,7 +45,7 @@ def check_schema(path: Path, original: Path | None = None) -> None:
 
     `original`: the file to name, if `path` is a copy of it.
     """
-    expected = _empty_database()[1]
+    expected = _newest_schema()
     try:
         found = _schema(path)
     except sqlite3.Error as error:
@@ -73,13 +73,22 @@ def _schema(path: Path) -> str | None:
     return row[0] if row else None
 
 
+@functools.cache
+def _newest_schema() -> str | None:
+    """The version of the tables that the installed MLflow makes."""
+    import mlflow
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations")).get_current_head()
+
+
 @functools.cache  # MLflow takes a second or more to make its tables; a sweep needs many
-def _empty_database() -> tuple[bytes, str | None]:
-    """A SQLite file as MLflow makes it, and the version of its tables."""
+def _empty_database() -> bytes:
+    """A SQLite file as MLflow makes it."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / DATABASE
         # the root is for MLflow's unused default experiment, which would otherwise note the working directory
         SqlAlchemyStore(f"sqlite:///{path}", "mlflow-artifacts:/").engine.dispose()
-        return path.read_bytes(), _schema(path)
+        return path.read_bytes()
