@@ -42,12 +42,13 @@ def ui(
 
 @mlflow.command()
 def merge(
-    runs_dir: Annotated[Path, typer.Argument(metavar="[RUNS_DIR]", help="The folder of the submitted runs.", show_default=True)] = Path("runs"),
+    runs_dir: Annotated[Path, typer.Argument(metavar="RUNS_DIR", help="The folder of the submitted runs.")] = Path("runs"),
 ) -> None:
     """Join the data bases of submitted runs into RUNS_DIR/mlflow.db, for `mstkd mlflow ui`.
 
-    Can be repeated at any time, also while runs train: it adds what is new and leaves the rest. Members of a sweep
-    come under one parent, ranked by their best validation score.
+    Can be repeated at any time, also while runs train: it adds what is new.
+
+    Members of a sweep come under one parent, ranked by their best validation score.
 
     Example: mstkd mlflow merge runs
     """
@@ -62,4 +63,4 @@ def merge(
     unreadable = [result for result in results if result.outcome == "unreadable"]
     if unreadable:
         names = ", ".join(result.name for result in unreadable)
-        raise UserError(f"{len(unreadable)} of {len(results)} could not be merged, the others are: {names}; the reasons are above")
+        raise UserError(f"{len(unreadable)} of {len(results)} could not be merged: {names}; the reasons are above, the others are up to date")

@@ -106,8 +106,11 @@ def sacct(ids: Iterable[str]) -> dict[str, SlurmJob]:
         state = state.split()[0]  # "CANCELLED by 0"
         for one in _members(id):
             found[one] = SlurmJob(
-                one, state, "" if reason == "None" else reason, "" if nodes == "None assigned" else nodes, "" if starts == "Unknown" else starts
-            )
+                one, state,
+                reason="" if reason == "None" else reason,
+                nodes="" if nodes == "None assigned" else nodes,
+                starts="" if starts == "Unknown" else starts,
+            )  # fmt: skip
     return found
 
 

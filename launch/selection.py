@@ -56,7 +56,8 @@ def find(word: str, runs_dir: Path) -> Target:
             return Target(word, (folder.resolve(),))
     if not re.fullmatch(r"\d+(_\d+)?", word):
         names = [path.parent.name for path in Path(runs_dir).glob("*/sweep.json")] + [run.name for run in runs_below(runs_dir)]
-        raise UserError(f"{word}: no such run or sweep in {runs_dir}{nearest(word, names) if names else ', which holds none; see --runs-dir'}")
+        hint = nearest(word, names) if names else ", which holds none; see --runs-dir"
+        raise UserError(f"{word}: no such run or sweep in {runs_dir}{hint}")
     target = Target(word, (), job=word)
     holding = tuple(run.resolve() for run in runs_below(runs_dir) if any(target.covers(id) for id in _job_ids(run)))
     if not holding:
@@ -99,10 +100,10 @@ def ranked(sweep: Sweep) -> list[Member]:
     best = {run_dir: _best_scores(run_dir) for run_dir in sweep.members}
     furthest = max(best.values(), key=len, default={})
     stage = list(furthest)[-1] if furthest else None
-    members = [
-        Member(run_dir, tuple(_value(run_dir, axis) for axis in sweep.axes), stage if stage in scores else None, *scores.get(stage, (None, None)))
-        for run_dir, scores in best.items()
-    ]
+    members = []
+    for run_dir, scores in best.items():
+        values = tuple(_value(run_dir, axis) for axis in sweep.axes)
+        members.append(Member(run_dir, values, stage if stage in scores else None, *scores.get(stage, (None, None))))
     return sorted(members, key=lambda member: -math.inf if member.score is None else member.score, reverse=True)
 
 

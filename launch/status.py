@@ -181,7 +181,8 @@ def _status(files: RunFiles, queue: Queue, now: float) -> RunStatus:
     rate = beat.get("steps_per_s") if under_way else None
     left = (beat["total_steps"] - beat["step"]) if beat.get("total_steps") else None
     newest = [files.chain[-1].id] if files.chain else [files.last.job] if files.last and files.last.job else []
-    hosts = sorted({seen.beat["host"] for seen in files.seen if seen.beat["attempt"] == beat["attempt"]}) if state in ("running", "hung") else []
+    shown = files.seen if state in ("running", "hung") else []
+    hosts = sorted({seen.beat["host"] for seen in shown if seen.beat["attempt"] == beat["attempt"]})
     return RunStatus(
         files.run_dir, state, reason,
         jobs=tuple(job.id for job in live) or tuple(newest),

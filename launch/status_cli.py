@@ -116,7 +116,8 @@ def cancel(
         typer.confirm(f"Cancel these {len(ids)} jobs?", abort=True)
     scancel(ids)
     running = any(not job.waiting for live in plan.values() for job in live)
-    typer.echo(f"cancelled {len(ids)} job{'s' if len(ids) > 1 else ''}" + ("; what runs saves and ends, see mstkd status" if running else ""))
+    meanwhile = "; what runs saves and ends, see mstkd status" if running else ""
+    typer.echo(f"cancelled {len(ids)} job{'s' if len(ids) > 1 else ''}{meanwhile}")
 
 
 # status

@@ -194,6 +194,8 @@ def test_the_wheel_holds_every_module(wheel):
         ("launch/constraints.txt", "mstkd/launch"),
         ("shards/specs/*.yaml", "mstkd/shards/specs"),
         ("slurm/*.sbatch", "mstkd/slurm"),
+        ("slurm/clusters/*.yaml", "mstkd/slurm/clusters"),
+        ("slurm/devcluster/*", "mstkd/slurm/devcluster"),
         ("mstkd/py.typed", "mstkd"),
         ("mstkd/evaluate/*.html.j2", "mstkd/evaluate"),
     ],
@@ -209,6 +211,7 @@ def test_the_wheel_holds_the_licence_and_the_command(wheel):
     assert {name.partition("/")[0] for name in wheel if ".dist-info" not in name} == {"mstkd"}
 
 
-def test_the_batch_script_is_valid_bash():
-    for script in (ROOT / "slurm").glob("*.sbatch"):
+def test_the_scripts_are_valid_bash():
+    devcluster = [path for path in (ROOT / "slurm" / "devcluster").iterdir() if path.suffix != ".in"]
+    for script in [*(ROOT / "slurm").glob("*.sbatch"), *(ROOT / "launch").glob("*.sh"), *devcluster]:
         subprocess.run(["bash", "-n", script], check=True)

@@ -16,12 +16,13 @@ from mstkd import attempts
 pytestmark = pytest.mark.slurm
 BIN = Path(sys.executable).parent
 NAME = "mst_kdnet_phantom"
+STEPS = 30  # long enough for a disturbance to arrive in the middle
 
 
 @pytest.fixture
 def words(phantom_shards, tmp_path):
     """Overrides of a short run in tmp_path/runs, as `mstkd submit` gets them."""
-    return [*TINY, f"data.shards={phantom_shards}", f"runs_dir={tmp_path / 'runs'}", "checkpoint.every_steps=1000"]
+    return [*TINY, f"data.shards={phantom_shards}", f"runs_dir={tmp_path / 'runs'}", f"train.steps={STEPS}", "checkpoint.every_steps=1000"]
 
 
 def submit(devcluster, tmp_path, words, *options, recipe=NAME, cluster="devcluster") -> list[str]:
@@ -50,7 +51,7 @@ def endings(run: Path) -> list[str]:
 
 
 def test_two_hosts_give_the_losses_of_one(devcluster, words, tmp_path, one_rank_curve):
-    train, evaluate = submit(devcluster, tmp_path, [*words, "train.zero_stage=2"])
+    train, evaluate = submit(devcluster, tmp_path, [*words, "train.zero_stage=2", "train.steps=10"])
     run = tmp_path / "runs" / NAME
     assert devcluster.wait(train, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
     hosts = {json.loads(path.read_text())["host"] for path in (run / "heartbeats").glob("rank-*.json")}
@@ -68,9 +69,11 @@ def pids_on(devcluster, node: str, run: Path) -> list[int]:
 
 
 def assert_whole(run: Path, one_rank_curve) -> None:
-    """metrics.jsonl holds every step once, with the losses of an undisturbed run."""
+    """metrics.jsonl holds every step once; the first ten have the losses of an undisturbed run."""
+    found = losses(run / "metrics.jsonl")
+    assert list(found) == list(range(1, STEPS + 1))
     expected = {step: values["train/loss_networks"] for step, values in one_rank_curve}
-    assert losses(run / "metrics.jsonl") == pytest.approx(expected, rel=1e-5)
+    assert {step: found[step] for step in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_requeued_and_signalled_runs_lose_nothing(devcluster, words, tmp_path, one_rank_curve):
@@ -83,14 +86,14 @@ def test_requeued_and_signalled_runs_lose_nothing(devcluster, words, tmp_path, o
     assert devcluster.wait(job, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
     assert endings(run) == ["stopped", "interrupted", "finished"]
     steps = [attempt.ending.step for attempt in attempts.read(run)]
-    assert 3 <= steps[0] < steps[1] < steps[2] == 10
+    assert 3 <= steps[0] < steps[1] < steps[2] == STEPS
     assert_whole(run, one_rank_curve)
     ids = json.loads((run / "mlflow.json").read_text())
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{run}/mlflow.db")
     assert client.get_run(ids["run_id"]).info.status == "FINISHED"
-    assert [metric.step for metric in client.get_metric_history(ids["children"]["distill"], "train/loss_networks")] == list(range(1, 11))
+    assert [metric.step for metric in client.get_metric_history(ids["children"]["distill"], "train/loss_networks")] == list(range(1, STEPS + 1))
 
 
 def test_a_cancelled_run_stays_cancelled_and_goes_on_when_submitted_again(devcluster, words, tmp_path, one_rank_curve):

@@ -284,7 +284,8 @@ def test_follow_prints_what_is_added_and_ends_with_the_run(runs, no_slurm):
     number = begin(run)
     log = run / "logs" / "rank-0.log"
     log.write_text("first\n")
-    with subprocess.Popen([MSTKD, "logs", "toy", "--follow", "--runs-dir", str(runs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as logs:
+    command = [MSTKD, "logs", "toy", "--follow", "--runs-dir", str(runs)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as logs:
         assert logs.stdout.readline() == b"first\n"
         with log.open("a") as file:
             file.write("second\n")
@@ -336,6 +337,8 @@ def test_a_controller_that_cannot_be_reached_is_a_note(tmp_path, monkeypatch):
     assert not queue.answered and queue.jobs == {} and "squeue" in queue.note and "\n" not in queue.note
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h"), (200_000, "2.3 d")])
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (9000, "2.5 h"), (200_000, "2.3 d")]
+)
 def test_durations_are_short(seconds, shown):
     assert duration(seconds) == shown

@@ -1,7 +1,6 @@
 """`mstkd status`, `logs` and `cancel` with real jobs on the two-host cluster."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -46,7 +45,7 @@ def sbatch(devcluster, run: Path, *options: str, command: str = "sleep 600", arr
 def submit_attempt(devcluster, run: Path) -> str:
     script = run / "attempt.py"
     script.write_text(ATTEMPT)
-    id = sbatch(devcluster, run, f"--export=ALL,OMP_NUM_THREADS=1,PYTHONPATH={os.environ.get('PYTHONPATH', '')}", command=f"{sys.executable} {script} {run}")
+    id = sbatch(devcluster, run, "--export=ALL,OMP_NUM_THREADS=1", command=f"{sys.executable} {script} {run}")
     note_jobs(run, [submitted(id, run)])
     return id
 
@@ -101,11 +100,13 @@ def test_an_attempt_under_slurm_from_its_start_over_a_requeue_to_its_end(devclus
     follow = subprocess.Popen([MSTKD, "logs", "toy", "--follow", "--runs-dir", str(runs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert follow.stdout.readline() == b"attempt 1\n"
     found = until(lambda: next((one for one in statuses([run])[0] if one.step == 10), None), "no progress")
-    assert (found.state, found.reason, found.jobs, found.stage, found.total_steps, found.eta_s) == ("running", "", (id,), "distill", 100, 45.0)
+    assert (found.state, found.reason, found.jobs) == ("running", "", (id,))
+    assert (found.stage, found.total_steps, found.eta_s) == ("distill", 100, 45.0)
     assert found.nodes in ("n1", "n2") and found.requeues == "0/20" and found.attempts == 1
     devcluster.run("scontrol", "requeue", id)
-    found = until_state(run, "requeued")
-    assert found.jobs == (id,) and "BeginTime" in found.reason and found.step == 10 and found.eta_s is None
+    # SLURM gives no reason at first
+    found = until(lambda: next((one for one in statuses([run])[0] if "BeginTime" in one.reason), None), "never waited for its time")
+    assert (found.state, found.jobs, found.step, found.eta_s) == ("requeued", (id,), 10, None)
     assert follow.stdout.readline() == b"attempt 2\n"
     found = until(lambda: next((one for one in statuses([run])[0] if one.step == 20), None), "no progress")
     assert (found.state, found.requeues, found.attempts) == ("running", "1/20", 2)
@@ -128,7 +129,8 @@ def test_a_job_that_is_gone_without_a_word_leaves_a_dead_run(devcluster, runs, s
     devcluster.run("scancel", "--signal=KILL", "--full", id)
     devcluster.wait(id, "FAILED", "CANCELLED", "NODE_FAIL")
     state, reason = state_of(run)
-    assert (state, reason) in {("dead", f"job {id} is FAILED"), ("stopped", f"job {id} was cancelled and its ranks ended without a word; the last checkpoint holds")}
+    cancelled = f"job {id} was cancelled and its ranks ended without a word; the last checkpoint holds"
+    assert (state, reason) in {("dead", f"job {id} is FAILED"), ("stopped", cancelled)}
 
 
 def test_silent_ranks_of_a_running_job_are_hung(devcluster, runs, scancel_at_end):
@@ -233,6 +235,7 @@ def test_what_a_user_has_set_for_squeue_hides_nothing(devcluster, runs, monkeypa
     run = make_run(runs, "toy")
     id = sbatch(devcluster, run, "--hold")
     scancel_at_end(id)
-    for name, value in (("SQUEUE_PARTITION", "high"), ("SQUEUE_USERS", "nobody"), ("SQUEUE_FORMAT", "%u"), ("SLURM_TIME_FORMAT", "relative")):
+    habits = {"SQUEUE_PARTITION": "high", "SQUEUE_USERS": "nobody", "SQUEUE_FORMAT": "%u", "SLURM_TIME_FORMAT": "relative"}
+    for name, value in habits.items():
         monkeypatch.setenv(name, value)
     assert squeue([id])[id].waiting

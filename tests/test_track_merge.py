@@ -428,7 +428,7 @@ def test_one_unreadable_data_base_does_not_hold_up_the_others(runs_dir):
         connection.execute("update alembic_version set version_num = 'older'")
     done = mstkd_mlflow("merge", str(runs_dir))
     assert isinstance(done.exception, UserError)
-    assert str(done.exception) == "3 of 4 could not be merged, the others are: a, b, c; the reasons are above"
+    assert str(done.exception) == "3 of 4 could not be merged: a, b, c; the reasons are above, the others are up to date"
     lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     for name, reason in {"a": "not a readable", "b": "not a readable", "c": "mlflow db upgrade"}.items():
         assert lines[name].startswith(str(runs_dir / name / "mlflow.db")) and reason in lines[name]
