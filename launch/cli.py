@@ -4,8 +4,6 @@ Only light modules are imported here; each command imports what it needs, so tha
 """
 
 import errno
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +13,9 @@ from rich.table import Table
 
 from mstkd.config import load_config
 from mstkd.errors import UserError
+from mstkd.launch.mlflow_cli import mlflow
 from mstkd.launch.shards_cli import print_table, shards
+from mstkd.launch.status_cli import cancel, logs, status
 
 UsageError = typer.BadParameter.__bases__[0]  # Typer re-exports only the subclass
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -26,8 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(shards, name="shards")
-mlflow_app = typer.Typer(help="The MLflow data base of the runs.")
-app.add_typer(mlflow_app, name="mlflow")
+app.add_typer(mlflow, name="mlflow")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/mst_kdnet_phantom.")]
 
@@ -94,6 +93,10 @@ def submit(
     typer.echo(f"follow with: mstkd status {prepared.name}; mstkd logs {prepared.name} --follow")
 
 
+for command in (status, logs, cancel):
+    app.command()(command)
+
+
 @app.command()
 def evaluate(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run folder.")] = None,
@@ -156,29 +159,6 @@ def export(
 
     write(run, out, format)
     typer.echo(f"wrote {out}")
-
-
-@mlflow_app.command()
-def ui(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.", min=1, max=65535)] = 5000,
-    runs_dir: Annotated[Path, typer.Option(help="Where the runs and their mlflow.db lie.")] = Path("runs"),
-) -> None:
-    """Serve the MLflow pages of the local runs on 127.0.0.1, until Ctrl-C.
-
-    Example: mstkd mlflow ui --port 5000
-    """
-    database = runs_dir.resolve() / "mlflow.db"
-    if not database.is_file():
-        raise UserError(f"{database}: no such file; train first, or point --runs-dir at the folder of the runs")
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise UserError(f"port {port} on 127.0.0.1 is taken; choose another with --port")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{database}"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    typer.echo(f"http://127.0.0.1:{port} (Ctrl-C ends it)")
-    sys.stdout.flush()
-    # the server takes this process over: a signal or Ctrl-C reaches it directly
-    os.execve(sys.executable, command, {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"})
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 import time
@@ -139,6 +140,8 @@ def _write_runs(submission: Submission) -> None:
     from mstkd.run_folder import open_run
     from mstkd.track.mlflow_tracker import prepare_database
 
+    if submission.axes:
+        _write_sweep(submission)
     first = None
     for run in submission.runs:
         open_run(run)
@@ -151,10 +154,19 @@ def _write_runs(submission: Submission) -> None:
             shutil.copytree(first, code)
         if run.tracking.uri is None:
             prepare_database(run.run_dir)
-    if submission.axes:
-        submission.folder.mkdir(parents=True, exist_ok=True)
-        sweep = {"axes": submission.axes, "runs": [run.name for run in submission.runs]}
-        (submission.folder / "sweep.json").write_text(json.dumps(sweep, indent=1))
+
+
+def _write_sweep(submission: Submission) -> None:
+    """<runs_dir>/<sweep>/sweep.json, in one move: members may read it at any time."""
+    from mstkd.track.mlflow_tracker import create_sweep_parent
+
+    submission.folder.mkdir(parents=True, exist_ok=True)
+    sweep = {"axes": submission.axes, "runs": [run.name for run in submission.runs]}
+    if submission.runs[0].tracking.uri:
+        sweep["mlflow_parent"] = create_sweep_parent(submission.runs[0], submission.name, submission.folder)
+    partial = submission.folder / "sweep.json.tmp"
+    partial.write_text(json.dumps(sweep, indent=1))
+    os.replace(partial, submission.folder / "sweep.json")
 
 
 def _submit_link(submission: Submission, number: int, link: Link, before: str | None, submitted: list[SubmittedJob]) -> str:

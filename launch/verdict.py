@@ -9,8 +9,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mstkd import attempts
-from mstkd.attempts import Attempt, Ending
+from mstkd.attempts import CRASHES, Attempt, Ending, begin, end, latest, read
 
 INTERRUPTED, STOPPED = 128 + 12, 128 + 15  # as if USR2 or SIGTERM had ended the process
 BAD_INPUT = 2
@@ -51,7 +50,7 @@ def judge_evaluation(task: Task, code: int) -> Verdict:
 def judge_training(task: Task, code: int, before: int, job: str | None) -> Verdict:
     """`before`: attempts that the run folder held when the batch script started; `job`: SLURM's id of it."""
     ending = _ending(task, code, before, job)
-    all_attempts = attempts.read(Path(task.run_dir))
+    all_attempts = read(Path(task.run_dir))
     if ending.outcome == "finished":
         return Verdict(False, 0, ending.reason)
     if ending.outcome == "stopped":
@@ -70,15 +69,15 @@ def judge_training(task: Task, code: int, before: int, job: str | None) -> Verdi
 def _ending(task: Task, code: int, before: int, job: str | None) -> Ending:
     """How this start ended; noted here, if no rank could."""
     run_dir = Path(task.run_dir)
-    number = attempts.latest(run_dir)
+    number = latest(run_dir)
     if number <= before:
         if code == BAD_INPUT:
             return Ending("bad_input", "see the message above")
-        number = attempts.begin(run_dir, 0, job)
-        attempts.end(run_dir, number, Ending("killed", f"exit code {code} before training began"))
+        number = begin(run_dir, 0, job)
+        end(run_dir, number, Ending("killed", f"exit code {code} before training began"))
     else:
-        attempts.end(run_dir, number, Ending("killed", f"a rank left with code {code} and without a word", *_last_place(run_dir)))
-    return attempts.read(run_dir)[-1].ending
+        end(run_dir, number, Ending("killed", f"a rank left with code {code} and without a word", *_last_place(run_dir)))
+    return read(run_dir)[-1].ending
 
 
 def _last_place(run_dir: Path) -> tuple[str | None, int | None]:
@@ -91,13 +90,13 @@ def _last_place(run_dir: Path) -> tuple[str | None, int | None]:
 
 def _crashed_there_before(found: list[Attempt]) -> bool:
     endings = [attempt.ending for attempt in found[-2:]]
-    if len(endings) < 2 or not all(ending and ending.outcome in attempts.CRASHES for ending in endings):
+    if len(endings) < 2 or not all(ending and ending.outcome in CRASHES for ending in endings):
         return False
     return (endings[0].stage, endings[0].step) == (endings[1].stage, endings[1].step)
 
 
 def _asked_for_requeue(attempt: Attempt, job: str | None) -> bool:
-    return attempt.job == job and attempt.ending is not None and attempt.ending.outcome in (*attempts.CRASHES, "interrupted")
+    return attempt.job == job and attempt.ending is not None and attempt.ending.outcome in (*CRASHES, "interrupted")
 
 
 def _place(ending: Ending) -> str:

@@ -36,7 +36,7 @@ def test_the_commands_are_those_of_the_design():
     words = {" ".join(path) for path in COMMANDS}
     assert words == {
         "shards phantom", "shards build", "shards verify", "shards inspect",
-        "train", "evaluate", "predict", "export", "mlflow ui", "methods", "doctor",
+        "train", "submit", "status", "logs", "cancel", "evaluate", "predict", "export", "mlflow ui", "mlflow merge", "methods", "doctor",
     }  # fmt: skip
 
 
@@ -66,6 +66,10 @@ def test_help_names_every_command():
         (("train", "mst_kdnet_phantm"), ("mst_kdnet_phantm", "did you mean 'mst_kdnet_phantom'")),
         (("train", "mst_kdnet_phantom", "train.stepz=1"), ("train.stepz", "did you mean 'steps'")),
         (("shards", "phantom", "--out", "/proc/nowhere/x"), ("/proc/nowhere",)),
+        (("status", "--runs-dir", "absent"), ("absent", "--runs-dir")),
+        (("logs", "toy", "--runs-dir", "absent"), ("absent", "--runs-dir")),
+        (("cancel", "12", "--runs-dir", "absent"), ("absent", "--runs-dir")),
+        (("submit", "mst_kdnet_phantom", "--cluster", "absent"), ("absent", "no such cluster")),
         (("train", "mst_kdnet_phantom", "steps"), ("'steps'", "key=value")),
         (("shards", "build", "--spec", "brats2018", "--src", "a"), ("--out", "mstkd shards build --help")),
         (("shards", "phantom", "--out", "x", "--subjects", "0"), ("--subjects", "mstkd shards phantom --help")),

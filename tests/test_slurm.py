@@ -3,18 +3,16 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from short_runs import TINY, losses
+from slurm_runs import beats, completed, endings, logs_of, reach, submit
 
 from mstkd import attempts
 
 pytestmark = pytest.mark.slurm
-BIN = Path(sys.executable).parent
 NAME = "mst_kdnet_phantom"
 STEPS = 30  # long enough for a disturbance to arrive in the middle
 
@@ -25,47 +23,21 @@ def words(phantom_shards, tmp_path):
     return [*TINY, f"data.shards={phantom_shards}", f"runs_dir={tmp_path / 'runs'}", f"train.steps={STEPS}", "checkpoint.every_steps=1000"]
 
 
-def submit(devcluster, tmp_path, words, *options, recipe=NAME, cluster="devcluster") -> list[str]:
-    """The ids of the jobs that `mstkd submit` started."""
-    command = [BIN / "mstkd", "submit", recipe, "--cluster", cluster, *options, *words]
-    done = subprocess.run(command, cwd=tmp_path, env=devcluster.env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("submitted")]
-
-
-def logs_of(run: Path) -> str:
-    return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')}" for path in sorted((run / "jobs").rglob("*log*")))
-
-
-def reach(run: Path, step: int, timeout_s: float = 180) -> None:
-    """Wait until the run has logged `step`."""
-    deadline = time.monotonic() + timeout_s
-    metrics = run / "metrics.jsonl"
-    while not (metrics.exists() and max(losses(metrics), default=0) >= step):
-        assert time.monotonic() < deadline, logs_of(run)
-        time.sleep(0.1)
-
-
-def endings(run: Path) -> list[str]:
-    return [attempt.ending.outcome if attempt.ending else "none" for attempt in attempts.read(run)]
-
-
 def test_two_hosts_give_the_losses_of_one(devcluster, words, tmp_path, one_rank_curve):
-    train, evaluate = submit(devcluster, tmp_path, [*words, "train.zero_stage=2", "train.steps=10"])
+    train, evaluate = submit(devcluster, tmp_path, NAME, [*words, "train.zero_stage=2", "train.steps=10"])
     run = tmp_path / "runs" / NAME
-    assert devcluster.wait(train, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
-    hosts = {json.loads(path.read_text())["host"] for path in (run / "heartbeats").glob("rank-*.json")}
-    assert hosts == {"n1", "n2"}
+    completed(devcluster, train, run)
+    assert {beat["host"] for beat in beats(run)} == {"n1", "n2"}
     expected = {step: values["train/loss_networks"] for step, values in one_rank_curve}
     assert losses(run / "metrics.jsonl") == pytest.approx(expected, rel=1e-5)
-    assert devcluster.wait(evaluate, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
+    completed(devcluster, evaluate, run)
     assert len(json.loads((run / "evaluation/summary.json").read_text())["subsets"]) == 15
 
 
-def pids_on(devcluster, node: str, run: Path) -> list[int]:
-    """The ranks of a run on a node."""
-    beats = [json.loads(path.read_text()) for path in (run / "heartbeats").glob("rank-*.json")]
-    return [beat["pid"] for beat in beats if beat["host"] == node]
+def pid_on(devcluster, node: str, run: Path) -> int:
+    """The rank of a run on a node."""
+    (pid,) = [beat["pid"] for beat in beats(run) if beat["host"] == node]
+    return pid
 
 
 def assert_whole(run: Path, one_rank_curve) -> None:
@@ -77,45 +49,43 @@ def assert_whole(run: Path, one_rank_curve) -> None:
 
 
 def test_requeued_and_signalled_runs_lose_nothing(devcluster, words, tmp_path, one_rank_curve):
-    job, _ = submit(devcluster, tmp_path, words)
+    job, _ = submit(devcluster, tmp_path, NAME, words)
     run = tmp_path / "runs" / NAME
     reach(run, 3)
     devcluster.run("scontrol", "requeue", job)  # by an administrator, or a preemption
     reach(run, 6)
     devcluster.run("scancel", "--signal=USR2", job)  # as before the time limit
-    assert devcluster.wait(job, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
+    completed(devcluster, job, run)
     assert endings(run) == ["stopped", "interrupted", "finished"]
     steps = [attempt.ending.step for attempt in attempts.read(run)]
     assert 3 <= steps[0] < steps[1] < steps[2] == STEPS
     assert_whole(run, one_rank_curve)
     ids = json.loads((run / "mlflow.json").read_text())
-    from mlflow import MlflowClient
-
     client = MlflowClient(f"sqlite:///{run}/mlflow.db")
     assert client.get_run(ids["run_id"]).info.status == "FINISHED"
     assert [metric.step for metric in client.get_metric_history(ids["children"]["distill"], "train/loss_networks")] == list(range(1, STEPS + 1))
 
 
 def test_a_cancelled_run_stays_cancelled_and_goes_on_when_submitted_again(devcluster, words, tmp_path, one_rank_curve):
-    job, evaluation = submit(devcluster, tmp_path, words)
+    job, evaluation = submit(devcluster, tmp_path, NAME, words)
     run = tmp_path / "runs" / NAME
     reach(run, 3)
     devcluster.run("scancel", job)
     assert devcluster.wait(job, "CANCELLED") == "CANCELLED"
     assert devcluster.wait(evaluation, "CANCELLED") == "CANCELLED"  # its dependency can never be met
     assert endings(run) == ["stopped"]
-    again, _ = submit(devcluster, tmp_path, words)
-    assert devcluster.wait(again, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
+    again, _ = submit(devcluster, tmp_path, NAME, words)
+    completed(devcluster, again, run)
     assert_whole(run, one_rank_curve)
 
 
 def test_a_killed_rank_takes_the_job_down_and_it_starts_again(devcluster, words, tmp_path, one_rank_curve):
-    job, _ = submit(devcluster, tmp_path, [*words, "checkpoint.every_steps=2"])
+    job, _ = submit(devcluster, tmp_path, NAME, [*words, "checkpoint.every_steps=2"])
     run = tmp_path / "runs" / NAME
     reach(run, 3)
-    (pid,) = pids_on(devcluster, "n2", run)
+    pid = pid_on(devcluster, "n2", run)
     os.kill(pid, signal.SIGKILL)
-    assert devcluster.wait(job, "COMPLETED", timeout_s=300) == "COMPLETED", logs_of(run)
+    completed(devcluster, job, run)
     first, second = attempts.read(run)
     assert first.ending.outcome in ("killed", "failed") and second.ending.outcome == "finished"
     assert_whole(run, one_rank_curve)
@@ -123,12 +93,12 @@ def test_a_killed_rank_takes_the_job_down_and_it_starts_again(devcluster, words,
 
 def test_a_rank_that_hangs_is_named(devcluster, words, tmp_path, one_rank_curve):
     changes = ["checkpoint.every_steps=2", "watchdog={heartbeat_s: 1, hang_min: 0.5}"]
-    job, _ = submit(devcluster, tmp_path, [*words, *changes])
+    job, _ = submit(devcluster, tmp_path, NAME, [*words, *changes])
     run = tmp_path / "runs" / NAME
     reach(run, 3)
-    (pid,) = pids_on(devcluster, "n2", run)
+    pid = pid_on(devcluster, "n2", run)
     os.kill(pid, signal.SIGSTOP)
-    assert devcluster.wait(job, "COMPLETED", timeout_s=400) == "COMPLETED", logs_of(run)
+    completed(devcluster, job, run)
     first, second = attempts.read(run)
     assert first.ending.outcome == "hung" and "no sign of life from rank 1 on n2 (step" in first.ending.reason
     assert second.ending.outcome == "finished"
@@ -138,7 +108,7 @@ def test_a_rank_that_hangs_is_named(devcluster, words, tmp_path, one_rank_curve)
 @pytest.mark.slow
 def test_a_cut_link_ends_the_attempt_and_the_run_goes_on_when_it_is_back(devcluster, words, tmp_path, one_rank_curve):
     changes = ["checkpoint.every_steps=2", "watchdog={heartbeat_s: 1, hang_min: 0.5}"]
-    job, _ = submit(devcluster, tmp_path, [*words, *changes])
+    job, _ = submit(devcluster, tmp_path, NAME, [*words, *changes])
     run = tmp_path / "runs" / NAME
     reach(run, 3)
     devcluster.node("n2", "cut")
@@ -146,14 +116,14 @@ def test_a_cut_link_ends_the_attempt_and_the_run_goes_on_when_it_is_back(devclus
         devcluster.wait(job, "PENDING", timeout_s=200)
     finally:
         devcluster.node("n2", "join")
-    assert devcluster.wait(job, "COMPLETED", timeout_s=400) == "COMPLETED", logs_of(run)
+    completed(devcluster, job, run)
     assert endings(run)[-1] == "finished"
     assert_whole(run, one_rank_curve)
 
 
 @pytest.mark.slow
 def test_a_lost_node_daemon_costs_at_most_the_steps_since_the_last_save(devcluster, words, tmp_path, one_rank_curve):
-    job, _ = submit(devcluster, tmp_path, [*words, "checkpoint.every_steps=2"])
+    job, _ = submit(devcluster, tmp_path, NAME, [*words, "checkpoint.every_steps=2"])
     run = tmp_path / "runs" / NAME
     reach(run, 3)
     devcluster.node("n2", "stop")
@@ -161,5 +131,5 @@ def test_a_lost_node_daemon_costs_at_most_the_steps_since_the_last_save(devclust
         assert devcluster.wait(job, "PENDING", "COMPLETED", timeout_s=200), logs_of(run)
     finally:
         devcluster.node("n2", "start")
-    assert devcluster.wait(job, "COMPLETED", timeout_s=400) == "COMPLETED", logs_of(run)
+    completed(devcluster, job, run)
     assert_whole(run, one_rank_curve)

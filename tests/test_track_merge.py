@@ -13,7 +13,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from mstkd.errors import UserError
 from mstkd.launch import mlflow_cli
 from mstkd.track import open_evaluation, open_trackers
 from mstkd.track.merge import merge
-from mstkd.track.mlflow_tracker import prepare_database, sweep_of, tracking_uri
+from mstkd.track.mlflow_tracker import prepare_database, sweep_tags, tracking_uri
 
 DATASET = {"name": "phantom", "digest": "0123456789abcdef" * 4}
 MERGE = "import sys, pathlib; from mstkd.track.merge import merge; print(*merge(pathlib.Path(sys.argv[1])), sep='\\n')"
@@ -128,11 +127,13 @@ def test_a_prepared_data_base_is_mlflows_own_and_says_nothing(runs_dir, tmp_path
 
 
 def test_preparing_again_or_at_once_changes_nothing(runs_dir):
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(prepare_database, [runs_dir / "a"] * 8))
+    code = "import sys, pathlib; from mstkd.track.database import prepare_database; prepare_database(pathlib.Path(sys.argv[1]))"
+    at_once = [subprocess.Popen([sys.executable, "-c", code, str(runs_dir / "a")]) for _ in range(4)]
+    assert [process.wait() for process in at_once] == [0] * 4
     before = (runs_dir / "a" / "mlflow.db").read_bytes()
     prepare_database(runs_dir / "a")
     assert (runs_dir / "a" / "mlflow.db").read_bytes() == before
+    assert [path.name for path in (runs_dir / "a").iterdir()] == ["mlflow.db"]
 
 
 def test_a_data_base_of_another_mlflow_is_refused_with_the_way_out(runs_dir):
@@ -148,7 +149,7 @@ def test_a_member_knows_its_sweep(runs_dir, caplog):
     for name, content in {"S": '{"axes": {}, "runs": ["S-1", "S-2"]}', "broken": '{"axes"', "T": '{"axes": {}, "runs": ["T-1"]}'}.items():
         (runs_dir / name).mkdir()
         (runs_dir / name / "sweep.json").write_text(content)
-    assert [sweep_of(runs_dir / name) for name in ("S-1", "S-2", "T-1", "S")] == ["S", "S", "T", None]
+    assert [sweep_tags(runs_dir / name).get("sweep") for name in ("S-1", "S-2", "T-1", "S")] == ["S", "S", "T", None]
     assert "broken/sweep.json" in caplog.text
 
 

@@ -32,20 +32,20 @@ def resolve_environment() -> Ranks:
     What a launcher has set wins; else srun's, which starts one process per task; else this process is alone.
     Raises UserError where they are incomplete or contradict each other.
     """
-    env, step = os.environ, _in_slurm_step()
+    env, tasks = os.environ, _tasks_of_step()
     given = [name for name in RANK_VARIABLES if name in env]
     if given and len(given) < len(RANK_VARIABLES):
         missing = next(name for name in RANK_VARIABLES if name not in env)
         raise UserError(f"{given[0]} is set and {missing} is not: unset {given[0]}, or start the ranks with deepspeed, torchrun or srun")
-    if not given and step:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+    if not given and tasks:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], str(tasks), env["SLURM_LOCALID"]
         if int(env["WORLD_SIZE"]) > 1:
             env.setdefault("MASTER_ADDR", _first_host())
             env.setdefault("MASTER_PORT", str(_port()))
     elif not given:
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
     rank, world, local_rank = (_number(name) for name in RANK_VARIABLES)
-    _check(rank, world, local_rank, int(env["SLURM_NTASKS"]) if step else 1)
+    _check(rank, world, local_rank, tasks)
     return Ranks(rank, world, local_rank, _device(local_rank))
 
 
@@ -55,12 +55,26 @@ def slurm_job() -> str | None:
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 
 
-def _in_slurm_step() -> bool:
-    """Started by srun. The batch script itself carries SLURM_PROCID, too, but no step's number."""
-    return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
+def _tasks_of_step() -> int:
+    """How many processes srun started; 0 outside a step.
+
+    The batch script carries SLURM_PROCID, too, but no step's number. SLURM_NTASKS would be wrong: the shell of an
+    interactive step, and a batch script submitted from inside a step, hold a step's number beside the whole job's tasks.
+    """
+    if not {"SLURM_STEP_ID", "SLURM_PROCID"} <= os.environ.keys():
+        return 0
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"])
 
 
 def _check(rank: int, world: int, local_rank: int, tasks: int) -> None:
+    alone_in_task = tasks > 1 and os.environ.get("SLURM_TASK_PID") == str(os.getpid())  # nobody between srun and this process
+    if alone_in_task and (rank, world) != (int(os.environ["SLURM_PROCID"]), tasks):
+        raise UserError(
+            f"srun started this as task {os.environ['SLURM_PROCID']} of {tasks}, but RANK is {rank} and WORLD_SIZE {world}, "
+            f"left by another launcher: unset {', '.join(RANK_VARIABLES)}"
+        )
+    if int(os.environ.get("SLURM_STEP_NUM_NODES") or 1) > 1 and os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1"):
+        raise UserError(f"MASTER_ADDR is {os.environ['MASTER_ADDR']} in a step on several nodes, each of which would wait for itself: unset it")
     if not 0 <= rank < world or not 0 <= local_rank < world:
         raise UserError(f"RANK {rank} and LOCAL_RANK {local_rank} do not fit WORLD_SIZE {world}: unset all three, or let one launcher set them")
     if world < tasks:

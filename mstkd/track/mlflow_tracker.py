@@ -98,6 +98,7 @@ class Session:
         self.uri = tracking_uri(config, run_dir)
         self.name = config.name
         self.identify = config.tracking.identify
+        self.sweep_tags = sweep_tags(run_dir)
         self.client = MlflowClient(tracking_uri=self.uri)
         self.ids = RunIds(run_dir / "mlflow.json")
         # a server says itself where artifacts go; a data base would put them into the working directory
@@ -106,7 +107,7 @@ class Session:
 
     def root(self, dataset: dict[str, str]) -> tuple[str, bool]:
         """(id, whether it existed) of the parent run."""
-        run_id, existed = self._run(self.ids.run_id, self.name, {})
+        run_id, existed = self._run(self.ids.run_id, self.name, self.sweep_tags)
         if not existed:
             self.ids.run_id, self.ids.children = run_id, {}
             self.ids.save()
@@ -125,11 +126,13 @@ class Session:
         if known is not None and self.exists(known):
             self.client.update_run(known, status="RUNNING")
             return known, True
+        return self.new_run(name, tags), False
+
+    def new_run(self, name: str, tags: dict[str, str]) -> str:
         source = {"mlflow.user": "mstkd", "mlflow.source.name": "mstkd"}
         if self.identify:
             source |= {"mlflow.user": getpass.getuser(), "host": socket.gethostname()}
-        run = self.client.create_run(self.experiment_id, run_name=name, tags=source | tags)
-        return run.info.run_id, False
+        return self.client.create_run(self.experiment_id, run_name=name, tags=source | tags).info.run_id
 
     def exists(self, run_id: str) -> bool:
         try:
@@ -231,6 +234,12 @@ class MlflowRun(MlflowTracker):
             self._writer.close()
 
 
+def create_sweep_parent(config: RunConfig, name: str, run_dir: Path) -> str:
+    """A run on the tracking server for the members of sweep `name` to hang below; returns its id. Called once, when submitting."""
+    session = Session(config, run_dir)
+    return session.new_run(name, {})
+
+
 def open_mlflow(config: RunConfig, run_dir: Path, dataset: dict[str, str]) -> list[Tracker]:
     """The run's MLflow tracker, its settings logged; [] (and one warning) if MLflow cannot be used."""
     writer = Writer()
@@ -245,8 +254,6 @@ def open_mlflow(config: RunConfig, run_dir: Path, dataset: dict[str, str]) -> li
         writer.close()
         return []
     run.log_params(run_params(config))
-    if sweep := sweep_of(run_dir):
-        run.set_tags({"sweep": sweep})
     return [run]
 
 
@@ -294,17 +301,22 @@ def _store_folder(config: RunConfig, run_dir: Path) -> Path:
     return Path(run_dir if own else config.runs_dir).resolve()
 
 
-def sweep_of(run_dir: Path) -> str | None:
-    """The name of the sweep that `run_dir` is a member of: the folder beside it whose sweep.json lists it."""
+def sweep_tags(run_dir: Path) -> dict[str, str]:
+    """What says that the run in `run_dir` is a member of a sweep: the folder beside it whose sweep.json lists it.
+
+    With a tracking server the sweep's parent exists already, "mlflow_parent" there; else `merge` makes one.
+    """
     for path in sorted(Path(run_dir).resolve().parent.glob("*/sweep.json")):
         try:
-            runs = json.loads(path.read_text())["runs"]
+            sweep = json.loads(path.read_text())
+            if Path(run_dir).name not in sweep["runs"]:
+                continue
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is not readable as a sweep (%s: %s): left out", path, type(error).__name__, error)
             continue
-        if Path(run_dir).name in runs:
-            return path.parent.name
-    return None
+        parent = sweep.get("mlflow_parent")
+        return {"sweep": path.parent.name, **({"mlflow.parentRunId": parent} if parent else {})}
+    return {}
 
 
 def metric_name(name: str) -> str:

@@ -130,9 +130,10 @@ in_node() {
 
 slurmd_listens() { in_node "${1#slurmd-}" timeout 2 bash -c "</dev/tcp/127.0.0.1/$slurmd_port"; }
 
+# a mount namespace of its own, too: what is mounted inside a node (to hide a folder from it, say) stays there
 start_slurmd() {
   start_daemon "slurmd-$1" 30 slurmd_listens nsenter --net="/var/run/netns/$(namespace_of "$1")" \
-    unshare --uts sh -c 'hostname "$1"; exec slurmd -D -N "$1" -f "$2"' sh "$1" "$folder/slurm.conf"
+    unshare --uts --mount --propagation slave sh -c 'hostname "$1"; exec slurmd -D -N "$1" -f "$2"' sh "$1" "$folder/slurm.conf"
 }
 
 all_nodes_ready() { ! sinfo -h -N -o '%N %T' | grep -vqE ' (idle|mixed|allocated|completing|planned)[-+]?$'; }

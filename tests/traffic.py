@@ -1,0 +1,134 @@
+"""Bytes that two ranks send per step of MST-KDNet, counted by the kernel, against the formula of each ZeRO stage.
+
+    python tests/traffic.py          prints the table; Linux, as root or where user namespaces are allowed
+
+The ranks run in a network namespace of their own: nobody else's packets are counted.
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from rank_pool import RankPool
+
+WARM_UP, STEPS = 2, 2  # ZeRO-3 learns the order of the weights in its first step
+PERSISTENT = 100_000  # elements; ZeRO-3 keeps smaller tensors whole on every rank (DeepSpeed's param_persistence_threshold)
+NETWORK = {"width": 16, "decoder_width": 8, "embed_dim": 192, "layers": 4, "heads": 4, "mlp_dim": 512, "dropout": 0, "fuse_dropout": 0}
+CASES = [(0, "fp32", 1), (1, "fp32", 1), (2, "fp32", 1), (3, "fp32", 1), (1, "fp32", 2), (2, "fp32", 2), (3, "fp32", 2),
+         (0, "bf16", 1), (1, "bf16", 1), (2, "bf16", 1), (3, "bf16", 1)]  # fmt: skip
+
+
+def measure(zero: int, precision: str, accumulation: int) -> dict:
+    """Of the role `networks` on this rank: bytes that a rank sends per step, and what the formulas need. Collective."""
+    import torch.distributed as dist
+    from mstkd.engine import backend
+    from mstkd.engine.backend import RoleEngine
+    from mstkd.engine.environment import resolve_environment
+
+    ranks = resolve_environment()
+    backend.start(ranks)
+    train, method = _settings(zero, precision, 2 * accumulation)
+    role = method.roles("distill")["networks"]
+    engine = RoleEngine("networks", role, train, accumulation, ranks.device)
+    tensors = [(p, getattr(p, "ds_numel", p.numel())) for p in role.step.parameters()]
+    before = 0
+    for step in range(WARM_UP + STEPS):
+        if step == WARM_UP:
+            dist.barrier()
+            before = _sent()
+        for _ in range(accumulation):
+            _micro_step(engine, step)
+    dist.barrier()
+    after = _sent()
+    dist.barrier()
+    engine.destroy()
+    return {"bytes": (after - before) / STEPS / ranks.world, **_elements(tensors)}
+
+
+def _settings(zero: int, precision: str, global_batch: int):
+    import torch
+    from mstkd import methods
+    from mstkd.config import TrainConfig
+    from mstkd.shards.spec import LABEL_SCHEMES
+
+    torch.manual_seed(0)
+    train = TrainConfig(global_batch=global_batch, steps=10, zero_stage=zero, precision=precision)
+    facts = methods.DataFacts(("flair", "t1", "t1ce", "t2"), LABEL_SCHEMES["brats2018"], (32, 32, 32))
+    return train, methods.build({"name": "mst_kdnet", "network": NETWORK, "no_gsme": True}, facts)
+
+
+def _micro_step(engine, step: int) -> None:
+    import torch
+    from mstkd.batch import Batch, Progress
+
+    image = torch.randn(1, 4, 32, 32, 32)
+    here = torch.ones(1, 4, dtype=torch.bool)
+    batch = Batch(image, torch.ones(1, 32, 32, 32, dtype=torch.bool), here, here, ["s"], (image.mean(1) > 0).to(torch.uint8))
+    engine.forward_backward(batch, {}, Progress(step, 0, 10, 1))
+    engine.step()
+
+
+def _elements(tensors: list) -> dict:
+    """How many elements the role has, how many of them autocast sends in bf16, and how many ZeRO-3 keeps whole."""
+    import torch
+    from deepspeed.runtime.torch_autocast import get_comm_dtype
+
+    return {
+        "all": sum(n for _, n in tensors),
+        "half": sum(n for p, n in tensors if get_comm_dtype(p) == torch.bfloat16),
+        "kept": sum(n for _, n in tensors if n <= PERSISTENT),
+        "kept_half": sum(n for p, n in tensors if n <= PERSISTENT and get_comm_dtype(p) == torch.bfloat16),
+    }
+
+
+def _sent() -> int:
+    """Bytes out of the loopback device of this namespace, of all ranks."""
+    (line,) = [line for line in Path("/proc/self/net/dev").read_text().splitlines() if line.strip().startswith("lo:")]
+    return int(line.split(":")[1].split()[8])
+
+
+def expected(zero: int, accumulation: int, world: int, elements: dict, reduce_scatter: float = 2) -> float:
+    """Bytes that one rank sends per step, (N-1)/N of each tensor and pass.
+
+    An all-reduce is two passes, an all-gather one. `reduce_scatter`: 1 under nccl, 2 under gloo, which all-reduces instead.
+    """
+    share = (world - 1) / world
+    reduced = 4 * elements["all"] - 2 * elements["half"]  # bytes of the gradients as they travel
+    whole = 4 * elements["all"]
+    if zero == 0:
+        return share * 2 * whole
+    if zero < 3:  # ZeRO-1 reduces once per step, ZeRO-2 in every micro-step; both all-reduce whole buckets
+        return share * (2 * reduced * (accumulation if zero == 2 else 1) + whole)
+    kept = 4 * elements["kept"] - 2 * elements["kept_half"]
+    return share * (accumulation * (reduce_scatter * reduced + 2 * (reduced - kept)) + kept)
+
+
+def own_network() -> None:
+    """Move this process into a new network namespace with a loopback device."""
+    clone_newuser, clone_newnet = 0x10000000, 0x40000000
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = clone_newnet if os.geteuid() == 0 else clone_newnet | clone_newuser
+    if libc.unshare(flags) != 0:
+        raise OSError(ctypes.get_errno(), "network namespaces are not allowed here")
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
+def main() -> None:
+    own_network()
+    pool, world = RankPool(2), 2
+    print(f"{'ZeRO':>4} {'precision':>9} {'accumulation':>12} {'measured MB':>12} {'formula MB':>11} {'ratio':>6}")
+    try:
+        for zero, precision, accumulation in CASES:
+            found = pool.run("traffic.py", "measure", zero=zero, precision=precision, accumulation=accumulation)[0]
+            formula = expected(zero, accumulation, world, found)
+            print(f"{zero:>4} {precision:>9} {accumulation:>12} {found['bytes'] / 1e6:>12.2f} {formula / 1e6:>11.2f} {found['bytes'] / formula:>6.3f}")
+            print(json.dumps(found), file=sys.stderr)
+    finally:
+        pool.close()
+
+
+if __name__ == "__main__":
+    main()
