@@ -13,7 +13,8 @@ from mstkd.config import RunConfig, load_config, parse_override
 from mstkd.errors import UserError
 from mstkd.launch.batch import sbatch_parameters
 from mstkd.launch.cluster import Cluster, packaged_slurm
-from mstkd.launch.jobs import SubmittedJob, note_jobs
+from mstkd.launch.jobs import SubmittedJob, note_jobs, read_jobs
+from mstkd.launch.queue import look_up
 from mstkd.launch.snapshot import take_snapshot
 from mstkd.launch.verdict import Task, write_tasks
 
@@ -79,6 +80,7 @@ def submit(submission: Submission) -> list[SubmittedJob]:
             f"sbatch is not on PATH: submit from a login node of the cluster, try a cluster on this machine with "
             f"{packaged_slurm() / 'devcluster' / 'up'}, or train here with: deepspeed --num_gpus N --module mstkd.train RECIPE"
         )
+    _refuse_live_runs(submission)
     _write_runs(submission)
     submitted: list[SubmittedJob] = []
     before = None
@@ -134,6 +136,14 @@ def _groups(config: RunConfig, stages: str | None) -> list[tuple[str, ...]]:
     if unknown := [stage for stage in chosen if stage not in known]:
         raise UserError(f"--stages {stages}: {unknown[0]!r} is no stage of {config.method['name']}; its stages: {', '.join(known)}, or all")
     return [(stage,) for stage in known if stage in chosen]
+
+
+def _refuse_live_runs(submission: Submission) -> None:
+    """Two jobs must not train one run, and the code of a queued one must not change."""
+    known = {job.id: run.run_dir for run in submission.runs for job in read_jobs(run.run_dir)}
+    if live := look_up(known).live(known):
+        run_dir = known[live[0].id]
+        raise UserError(f"{run_dir}: its job {live[0].id} is {live[0].state.lower()} already; wait for it, or first: mstkd cancel {run_dir.name}")
 
 
 def _write_runs(submission: Submission) -> None:

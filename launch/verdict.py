@@ -6,6 +6,7 @@
 import json
 import os
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -103,6 +104,18 @@ def _place(ending: Ending) -> str:
     return f"stage {ending.stage}, step {ending.step}" if ending.stage else "the start"
 
 
+def close_in_mlflow(run_dir: Path) -> None:
+    """A run that ended for good must not look alive; one that could say so itself has done it."""
+    try:
+        from mstkd.run_folder import read_run_config
+        from mstkd.track import reconcile
+
+        config = read_run_config(run_dir)
+        reconcile.close(config, run_dir, reconcile.left_running(config, run_dir), "FAILED", time.time())
+    except Exception as error:  # the exit code matters more; `mstkd doctor --fix` can do it later
+        print(f"MLflow still shows the run as RUNNING: {type(error).__name__}: {error}", file=sys.stderr)
+
+
 def main() -> None:
     folder, code, before = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
@@ -110,6 +123,8 @@ def main() -> None:
     task = read_task(folder)
     verdict = judge_training(task, code, before, job) if task.kind == "train" else judge_evaluation(task, code)
     print(verdict.why, file=sys.stderr)
+    if task.kind == "train" and not verdict.requeue and verdict.code not in (0, STOPPED):
+        close_in_mlflow(Path(task.run_dir))
     print("requeue" if verdict.requeue else verdict.code)
 
 

@@ -79,8 +79,9 @@ def test_a_cancelled_run_stays_cancelled_and_goes_on_when_submitted_again(devclu
     assert_whole(run, one_rank_curve)
 
 
-def test_a_killed_rank_takes_the_job_down_and_it_starts_again(devcluster, words, tmp_path, one_rank_curve):
-    job, _ = submit(devcluster, tmp_path, NAME, [*words, "checkpoint.every_steps=2"])
+def test_a_killed_rank_takes_the_job_down_and_it_starts_again(devcluster, words, tmp_path):
+    changes = ["checkpoint.every_steps=2", "train.precision=bf16", "train.zero_stage=2"]
+    job, _ = submit(devcluster, tmp_path, NAME, [*words, *changes])
     run = tmp_path / "runs" / NAME
     reach(run, 3)
     pid = pid_on(devcluster, "n2", run)
@@ -88,7 +89,7 @@ def test_a_killed_rank_takes_the_job_down_and_it_starts_again(devcluster, words,
     completed(devcluster, job, run)
     first, second = attempts.read(run)
     assert first.ending.outcome in ("killed", "failed") and second.ending.outcome == "finished"
-    assert_whole(run, one_rank_curve)
+    assert list(losses(run / "metrics.jsonl")) == list(range(1, STEPS + 1))
 
 
 def test_a_rank_that_hangs_is_named(devcluster, words, tmp_path, one_rank_curve):

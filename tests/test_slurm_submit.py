@@ -104,6 +104,7 @@ def test_edits_between_submission_and_start_change_nothing(devcluster, toy, tmp_
     job, _ = submit(with_path(devcluster), tmp_path, toy, [], cluster=str(held), mstkd=python.parent / "mstkd")
     for edited in ("mstkd/train.py", "launch/job.py", "shards/spec.py"):
         (source / edited).write_text("raise SystemExit('edited after the submission')\n")
+    assert f"its job {job} is pending already" in refusal(devcluster, tmp_path, toy, [], cluster=str(held))
     devcluster.run("scontrol", "release", job)
     run = tmp_path / "runs/toy"
     completed(devcluster, job, run)
