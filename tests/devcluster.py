@@ -51,7 +51,7 @@ class DevCluster:
         lines = queue.stdout.split() if queue.returncode == 0 else []
         return lines or [line.split()[0] for line in self.run("sacct", "-nXP", "-j", str(job_id), "-o", "state").splitlines() if line]
 
-    def wait(self, job_id: str | int, *states: str, timeout_s: float = 120) -> str:
+    def wait(self, job_id: str | int, *states: str, timeout_s: float = 300) -> str:
         """Polls until the job (every task of an array) is in one of `states`; the state of the last task."""
         seen: list[list[str]] = []
 
@@ -65,7 +65,7 @@ class DevCluster:
             pytest.fail(f"job {job_id} was not {' or '.join(states)} within {timeout_s} s; it went through {seen}")
         return seen[-1][-1]
 
-    def wait_for_node(self, node: str, *states: str, timeout_s: float = 120) -> str:
+    def wait_for_node(self, node: str, *states: str, timeout_s: float = 300) -> str:
         """Polls until sinfo has the node in one of `states`, e.g. "down"."""
         if not poll(lambda: self.node_state(node) in states, timeout_s):
             pytest.fail(f"{node} was not {' or '.join(states)} within {timeout_s} s; it is {self.node_state(node)}")

@@ -29,7 +29,7 @@ def refusal(devcluster, folder: Path, recipe: str, words, *options, cluster="dev
     return done.stderr.splitlines()[-1]
 
 
-def reach(run: Path, step: int, timeout_s: float = 180) -> None:
+def reach(run: Path, step: int, timeout_s: float = 600) -> None:
     """Wait until the run has logged `step`."""
     deadline = time.monotonic() + timeout_s
     metrics = run / "metrics.jsonl"
@@ -38,7 +38,7 @@ def reach(run: Path, step: int, timeout_s: float = 180) -> None:
         time.sleep(0.1)
 
 
-def completed(devcluster, job: str, run: Path, timeout_s: float = 400) -> None:
+def completed(devcluster, job: str, run: Path, timeout_s: float = 600) -> None:
     state = devcluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", timeout_s=timeout_s)
     if state != "COMPLETED":
         pytest.fail(f"job {job} is {state}\n{logs_of(run)}")

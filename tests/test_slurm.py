@@ -114,7 +114,7 @@ def test_a_cut_link_ends_the_attempt_and_the_run_goes_on_when_it_is_back(devclus
     reach(run, 3)
     devcluster.node("n2", "cut")
     try:
-        devcluster.wait(job, "PENDING", timeout_s=200)
+        devcluster.wait(job, "PENDING", timeout_s=500)
     finally:
         devcluster.node("n2", "join")
     completed(devcluster, job, run)
@@ -129,7 +129,7 @@ def test_a_lost_node_daemon_costs_at_most_the_steps_since_the_last_save(devclust
     reach(run, 3)
     devcluster.node("n2", "stop")
     try:
-        assert devcluster.wait(job, "PENDING", "COMPLETED", timeout_s=200), logs_of(run)
+        assert devcluster.wait(job, "PENDING", "COMPLETED", timeout_s=500), logs_of(run)
     finally:
         devcluster.node("n2", "start")
     completed(devcluster, job, run)

@@ -68,7 +68,7 @@ def test_stages_as_a_chain_find_what_they_need_and_an_evaluation_comes_last(devc
 def test_a_failing_first_stage_ends_the_chain_with_its_reason(devcluster, toy, cluster, tmp_path):
     teacher, student, evaluation = submit(with_path(devcluster), tmp_path, toy, ["method.fail_at=2"], "--stages", "all", cluster=cluster)
     run = tmp_path / "runs/toy"
-    assert devcluster.wait(teacher, "FAILED", timeout_s=300) == "FAILED", logs_of(run)
+    assert devcluster.wait(teacher, "FAILED", timeout_s=600) == "FAILED", logs_of(run)
     for job in (student, evaluation):
         assert devcluster.wait(job, "CANCELLED") == "CANCELLED"
     assert endings(run) == ["failed", "failed"]  # the same step twice: no third time
