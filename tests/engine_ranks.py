@@ -62,8 +62,7 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         torch.manual_seed(0)
         return methods.build(config.method, facts)
 
-    toy = build()
-    accumulation = 4 // ranks.world
+    toy, accumulation = build(), 4 // ranks.world
     engines = {n: RoleEngine(n, r, config.train, accumulation, ranks.device) for n, r in toy.roles("distill").items()}
     stop = StopFlag()
 

@@ -1,8 +1,7 @@
-"""Data bases of submitted runs and their merge: real SQLite files, the real MLflow client, a real page server."""
+"""Data bases of submitted runs and their merge: real SQLite files and the real MLflow client."""
 
 import getpass
 import json
-import os
 import shutil
 import signal
 import socket
@@ -10,90 +9,19 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, ViewType
 from typer.testing import CliRunner
+from tracked_runs import DATASET, MERGE, client, evaluate, opened, outcomes, points, rows, runs, runs_dir, submitted, sweep, train, wait_for  # noqa: F401  (runs_dir is a fixture)
 
-from mstkd.config import RunConfig, load_config
+from mstkd.config import load_config
 from mstkd.errors import UserError
 from mstkd.launch import mlflow_cli
-from mstkd.track import open_evaluation, open_trackers
 from mstkd.track.merge import merge
 from mstkd.track.mlflow_tracker import prepare_database, sweep_tags, tracking_uri
-
-DATASET = {"name": "phantom", "digest": "0123456789abcdef" * 4}
-MERGE = "import sys, pathlib; from mstkd.track.merge import merge; print(*merge(pathlib.Path(sys.argv[1])), sep='\\n')"
-
-
-@pytest.fixture
-def runs_dir(tmp_path) -> Path:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    return folder
-
-
-def submitted(runs_dir: Path, name: str, *words: str) -> RunConfig:
-    """The configuration of a run whose data base has been prepared, as the launcher does."""
-    config = load_config("mst_kdnet_phantom", [f"runs_dir={runs_dir}", f"name={name}", *words])
-    prepare_database(config.run_dir)
-    return config
-
-
-def opened(config: RunConfig, attempt: int = 1):
-    return open_trackers(config, config.run_dir, attempt=attempt, tags={"ranks": 2}, dataset=DATASET)
-
-
-def train(config: RunConfig, scores: dict[str, list[float]], attempt: int = 1) -> None:
-    """Log what a training with these validation scores per stage, at steps 10, 20, ..., would log."""
-    with opened(config, attempt) as tracker:
-        for stage, values in scores.items():
-            child = tracker.child(stage, start_step=0)
-            for number, score in enumerate(values, start=1):
-                child.log_metrics({"val/score": score, "train/loss": 1.0 / number}, 10 * number, stage)
-
-
-def evaluate(config: RunConfig, dice: float) -> None:
-    folder = config.run_dir / "evaluation"
-    folder.mkdir(exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps({"dice": dice}))
-    with open_evaluation(config, config.run_dir, "evaluation") as tracker:
-        tracker.log_metrics({"student/dice/WT/mean": dice}, 0, "evaluation")
-        tracker.log_artifact(folder / "summary.json", "evaluation")
-
-
-def client(folder: Path) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-
-
-def runs(folder: Path) -> dict:
-    """The runs of `folder`/mlflow.db by name."""
-    mlflow = client(folder)
-    found = mlflow.search_runs([experiment.experiment_id for experiment in mlflow.search_experiments()])
-    by_name = {run.info.run_name: run for run in found}
-    assert len(by_name) == len(found)
-    return by_name
-
-
-def points(folder: Path, run: str, metric: str) -> list[tuple]:
-    history = client(folder).get_metric_history(runs(folder)[run].info.run_id, metric)
-    return [(point.step, point.value, point.timestamp) for point in history]
-
-
-def outcomes(runs_dir: Path) -> dict[str, str]:
-    return {merged.name: merged.outcome for merged in merge(runs_dir)}
-
-
-def rows(database: Path) -> dict[str, list]:
-    """Every row of every table."""
-    with sqlite3.connect(database) as connection:
-        tables = [row[0] for row in connection.execute("select name from sqlite_master where type='table'")]
-        return {table: sorted(map(repr, connection.execute(f'select * from "{table}"'))) for table in tables}
 
 
 # a data base per submitted run
@@ -334,75 +262,6 @@ def test_the_merged_data_base_holds_no_host_user_or_path(runs_dir, tmp_path, mon
     assert str(tmp_path) not in text and socket.gethostname() not in text and f"'{getpass.getuser()}'" not in text
 
 
-# sweeps
-
-
-def sweep(runs_dir: Path, scores: dict[str, list[float]], planned: tuple[str, ...] = ()) -> None:
-    """A sweep S over method.tau whose members have these validation scores of the student."""
-    (runs_dir / "S").mkdir(exist_ok=True)
-    taus = [int(name.removeprefix("S-")) for name in (*scores, *planned)]
-    (runs_dir / "S" / "sweep.json").write_text(json.dumps({"axes": {"method.tau": taus}, "runs": [*scores, *planned]}))
-    for name, values in scores.items():
-        config = submitted(runs_dir, name, f"method.tau={name.removeprefix('S-')}")
-        train(config, {"student": values})
-
-
-def test_a_sweep_is_one_parent_with_its_members_ranked_by_validation(runs_dir):
-    train(submitted(runs_dir, "alone"), {"student": [0.99]})
-    sweep(runs_dir, {"S-4": [0.5, 0.8, 0.1], "S-7": [0.6], "S-10": []}, planned=("S-11",))
-    evaluate(load_config("mst_kdnet_phantom", [f"runs_dir={runs_dir}", "name=S-7"]), 0.95)  # the best test figures by far
-    assert outcomes(runs_dir) == {"S-10": "new", "S-4": "new", "S-7": "new", "S": "new", "alone": "new"}
-    found = runs(runs_dir)
-    parent = found["S"]
-    for name in ("S-4", "S-7", "S-10"):
-        assert found[name].data.tags["mlflow.parentRunId"] == parent.info.run_id and found[name].data.tags["sweep"] == "S"
-    assert "mlflow.parentRunId" not in found["alone"].data.tags
-    assert {name: found[name].data.tags.get("sweep.rank") for name in ("S-4", "S-7", "S-10", "alone")} == {
-        "S-4": "1", "S-7": "2", "S-10": None, "alone": None,
-    }  # fmt: skip
-    assert parent.data.metrics == {} and parent.info.status == "RUNNING"  # S-11 waits in the queue
-    table = parent.data.tags["mlflow.note.content"].splitlines()
-    assert table[0] == "Validation data only, stage student. Ranked: 2 of 4 runs."
-    assert table[2:] == [
-        "| rank | run | method.tau | best val/score | at step |",
-        "| --- | --- | --- | --- | --- |",
-        "| 1 | S-4 | 4 | 0.8000 | 20 |",
-        "| 2 | S-7 | 7 | 0.6000 | 10 |",
-    ]
-    assert "0.95" not in json.dumps([run.data.tags for run in (parent, found["S-7"])])
-    before = rows(runs_dir / "mlflow.db")
-    assert set(outcomes(runs_dir).values()) == {"unchanged"}
-    assert rows(runs_dir / "mlflow.db") == before
-
-
-def test_the_ranking_follows_what_comes_later(runs_dir):
-    sweep(runs_dir, {"S-4": [0.5]}, planned=("S-7",))
-    assert outcomes(runs_dir) == {"S-4": "new", "S": "new"}
-    parent = runs(runs_dir)["S"]
-    sweep(runs_dir, {"S-7": [0.6]}, planned=("S-4",))
-    assert outcomes(runs_dir) == {"S-4": "unchanged", "S-7": "new", "S": "updated"}
-    found = runs(runs_dir)
-    assert found["S"].info.run_id == parent.info.run_id and found["S"].info.status == "FINISHED"
-    assert found["S"].info.end_time == max(found[name].info.end_time for name in ("S-4", "S-7"))
-    assert (found["S-7"].data.tags["sweep.rank"], found["S-4"].data.tags["sweep.rank"]) == ("1", "2")
-
-
-def test_a_sweep_is_ranked_in_the_stage_that_its_most_advanced_member_has_come_to(runs_dir):
-    """A teacher, who sees everything, outscores every student: it must not decide."""
-    (runs_dir / "S").mkdir()
-    names = ["S-1", "S-2", "S-3"]
-    (runs_dir / "S" / "sweep.json").write_text(json.dumps({"axes": {"seed": [1, 2, 3]}, "runs": names}))
-    configs = {name: submitted(runs_dir, name) for name in names}
-    train(configs["S-3"], {"teacher": [0.9]})
-    train(configs["S-1"], {"teacher": [0.95]})
-    assert outcomes(runs_dir)["S"] == "new"
-    assert [runs(runs_dir)[name].data.tags["sweep.rank"] for name in ("S-1", "S-3")] == ["1", "2"]
-    train(configs["S-3"], {"student": [0.5]}, attempt=2)
-    train(configs["S-2"], {"teacher": [0.8], "student": [0.6]})
-    outcomes(runs_dir)
-    assert [runs(runs_dir)[name].data.tags.get("sweep.rank") for name in names] == [None, "1", "2"]
-
-
 # bad input
 
 
@@ -484,53 +343,3 @@ def test_the_page_says_to_merge_first(runs_dir):
     assert isinstance(done.exception, UserError) and f"mstkd mlflow merge {runs_dir}" in str(done.exception)
     shutil.rmtree(runs_dir / "a")
     assert "train first" in str(mstkd_mlflow("ui", "--runs-dir", str(runs_dir)).exception)
-
-
-# the page
-
-
-def test_the_page_nests_stages_below_runs_below_the_sweep(runs_dir):
-    sweep(runs_dir, {"S-4": [0.5], "S-7": [0.6]})
-    outcomes(runs_dir)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = f"from mstkd.launch.mlflow_cli import mlflow; mlflow(['ui', '--port', '{port}', '--runs-dir', {str(runs_dir)!r}])"
-    with (runs_dir / "server.log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        wait_for(lambda: answers(port, server, runs_dir / "server.log"), seconds=120)
-        experiment = client(runs_dir).get_experiment_by_name("mstkd").experiment_id
-        listed = ask(port, "runs/search", {"experiment_ids": [experiment]})["runs"]
-        names = {run["info"]["run_id"]: run["info"]["run_name"] for run in listed}
-        tags = {run["info"]["run_name"]: {tag["key"]: tag["value"] for tag in run["data"]["tags"]} for run in listed}
-        below = {name: names.get(tags[name].get("mlflow.parentRunId")) for name in tags}
-        assert below == {"S": None, "S-4": "S", "S-7": "S", "S-4/student": "S-4", "S-7/student": "S-7"}
-        assert tags["S-7"]["sweep.rank"] == "1" and "| 1 | S-7 |" in tags["S"]["mlflow.note.content"]
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
-
-
-def ask(port: int, what: str, question: dict) -> dict:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/api/2.0/mlflow/{what}", json.dumps(question).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
-
-
-def answers(port: int, server: subprocess.Popen, log: Path) -> bool:
-    assert server.poll() is None, log.read_text()
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
