@@ -59,7 +59,7 @@ def test_all_daemons_run_and_both_nodes_are_in_service(devcluster):
     assert status.returncode == 0, status.stdout
     assert str(devcluster.folder / "slurm.conf") in status.stdout
     assert set(processes(devcluster)) == {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd-n1", "slurmd-n2"}
-    assert devcluster.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%N %c").split() == ["n1", "2", "n2", "2"]
+    assert devcluster.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%N %c").split() == ["n1", "4", "n2", "4"]
 
 
 def test_ranks_run_on_two_hosts_with_own_addresses(devcluster):
@@ -139,7 +139,7 @@ def test_a_lost_node_goes_down_and_comes_back(own_cluster, ends, returns):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("up", "--nodes", "3"), "a cluster of 2 nodes with 2 CPUs each runs already; run"),
+        (("up", "--nodes", "3"), "a cluster of 2 nodes with 4 CPUs each runs already; run"),
         (("up", "--nodes", "none"), "--nodes none: give a number from 1 to 16"),
         (("up", "--cpus"), "give a number after --nodes and --cpus"),
         (("down", "--now"), "unknown word --now"),

@@ -73,10 +73,13 @@ def _check(rank: int, world: int, local_rank: int, tasks: int) -> None:
             f"srun started this as task {os.environ['SLURM_PROCID']} of {tasks}, but RANK is {rank} and WORLD_SIZE {world}, "
             f"left by another launcher: unset {', '.join(RANK_VARIABLES)}"
         )
-    if int(os.environ.get("SLURM_STEP_NUM_NODES") or 1) > 1 and os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1", "::1"):
-        raise UserError(f"MASTER_ADDR is {os.environ['MASTER_ADDR']} in a step on several nodes, each of which would wait for itself: unset it")
+    address, nodes = os.environ.get("MASTER_ADDR"), int(os.environ.get("SLURM_STEP_NUM_NODES") or 1)
+    if nodes > 1 and address in ("localhost", "127.0.0.1", "::1"):
+        raise UserError(f"MASTER_ADDR is {address} in a step on {nodes} nodes, each of which would wait for itself: unset it")
     if not 0 <= rank < world or not 0 <= local_rank < world:
-        raise UserError(f"RANK {rank} and LOCAL_RANK {local_rank} do not fit WORLD_SIZE {world}: unset all three, or let one launcher set them")
+        raise UserError(
+            f"RANK {rank} and LOCAL_RANK {local_rank} do not fit WORLD_SIZE {world}: unset all three, or let one launcher set them"
+        )
     if world < tasks:
         raise UserError(
             f"srun started {tasks} tasks, but WORLD_SIZE is {world}, left by another launcher: unset {', '.join(RANK_VARIABLES)}, "
