@@ -97,8 +97,8 @@ def test_a_requeued_job_starts_again(devcluster, jobs, tmp_path):
 
 def test_a_job_of_the_high_partition_preempts_and_the_user_signal_comes_first(own_cluster, jobs, tmp_path):
     (tmp_path / "rank.py").write_text(LOGS_SIGNALS)
-    size = ("--nodes=2", "--cpus-per-task=2")
-    jobs(*size, "--signal=USR2@30", "--output=out", f"--wrap=srun --cpus-per-task=2 {sys.executable} rank.py", cwd=tmp_path)
+    size = ("--nodes=2", "--cpus-per-task=4")
+    jobs(*size, "--signal=USR2@30", "--output=out", f"--wrap=srun --cpus-per-task=4 {sys.executable} rank.py", cwd=tmp_path)
     text_appears(tmp_path / "out", "ready\nready")
     urgent = jobs(*size, "--partition=high", "--output=/dev/null", "--wrap=true")
     text_appears(tmp_path / "out", "SIGUSR2\nSIGUSR2")
