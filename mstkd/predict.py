@@ -14,7 +14,7 @@ from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.scenarios import subset_name
 from mstkd.evaluate.weights import open_run
-from mstkd.shards.dataset import Case, known_specs, load_spec
+from mstkd.shards.dataset import Case, DatasetSpec, known_specs, load_spec
 from mstkd.shards.preprocess import check_headers, preprocess, restore
 
 
@@ -46,8 +46,8 @@ def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = 
     try:
         with evaluation_mode(run.method):
             for case in cases:
-                labels, used[case.subject] = _predict_case(predictor, run.networks[0], case)
-                save_label_map(labels, next(iter(case.files.values())), partial / f"{case.subject}.nii.gz")
+                labels, used[case.subject] = _predict_case(predictor, run.networks[0], case, dataset)
+                save_label_map(labels, next(iter(case.files.values())).path, partial / f"{case.subject}.nii.gz")
                 console.print(f"{case.subject}: {used[case.subject]}", highlight=False)
         (partial / "predictions.json").write_text(json.dumps(used, indent=1) + "\n")
         partial.rename(output)
@@ -68,9 +68,9 @@ def save_label_map(labels: NDArray[np.uint8], reference: Path, path: Path) -> No
     nib.save(type(source)(labels, source.affine, header), path)
 
 
-def _predict_case(predictor: Predictor, network: str, case: Case) -> tuple[NDArray[np.uint8], str]:
+def _predict_case(predictor: Predictor, network: str, case: Case, dataset: DatasetSpec) -> tuple[NDArray[np.uint8], str]:
     """The label map on the file's grid, and the subset it was made from."""
-    stored = preprocess(replace(case, label=None), predictor.sequences, None)
+    stored = preprocess(replace(case, label=None), dataset, predictor.sequences)
     volume = predictor.volume(stored.image, stored.brain, stored.meta)
     labels = predictor.labels(network, volume, volume.present)
     return restore(labels, stored.meta), subset_name(predictor.sequences, volume.present)

@@ -34,7 +34,6 @@ from mstkd.evaluate.overlap import refuse_overlap
 from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import load_network, safetensors_of
 from mstkd.methods import DataFacts, Method, Role
-from mstkd.shards.spec import LABEL_SCHEMES
 from mstkd.track import NullTracker, Tracker, open_trackers
 
 log = logging.getLogger(__name__)
@@ -112,8 +111,7 @@ def _train_stages(run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbe
 
 def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunConfig]:
     """The method with freshly initialised networks, and the configuration with its `method:` section resolved."""
-    scheme = training.stores[0].index.label_scheme
-    facts = DataFacts(training.sequences, LABEL_SCHEMES[scheme] if scheme else None, config.data.crop)
+    facts = DataFacts(training.sequences, training.stores[0].index.scheme, config.data.crop)
     torch.manual_seed(config.seed)  # the same initial weights on every rank and for every rank count
     method = methods.build(config.method, facts)
     return method, config.model_copy(update={"method": methods.resolve(config.method)})

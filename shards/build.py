@@ -112,7 +112,7 @@ def _write_shard(dataset: DatasetSpec, cases: list[Case], path: Path) -> ShardEn
     entries = []
     with path.open("wb") as stream, TarWriter(stream, user="mstkd", group="mstkd", mtime=0, encoder=False, compress=False) as writer:
         for case in cases:
-            subject = preprocess(case, tuple(dataset.sequences), dataset.scheme)
+            subject = preprocess(case, dataset)
             for suffix, payload in _payloads(subject).items():
                 writer.write({"__key__": case.subject, suffix: payload})  # one by one: TarWriter sorts what it gets together
             entries.append(_entry(subject, dataset))
@@ -140,6 +140,8 @@ def _entry(subject: Preprocessed, dataset: DatasetSpec) -> SubjectEntry:
         patient=meta.patient,
         sequences=meta.sequences,
         members={},  # known once the tar is written
+        shape=subject.brain.shape,
+        ranges={name: (float(channels[name].min()), float(channels[name].max())) for name in meta.sequences},
         fingerprint={name: fingerprint.encode(channels[name]) for name in meta.sequences},
         label_volume_ml={} if label is None else label_volumes_ml(label, dataset.scheme, meta.spacing_mm),
     )

@@ -11,10 +11,21 @@ from pydantic import Field, field_validator, model_validator
 
 from mstkd.config import read_yaml, validate_section
 from mstkd.errors import UserError
-from mstkd.shards.spec import LABEL_SCHEMES, SUBJECT_KEY, LabelScheme, Strict
+from mstkd.shards.spec import LABEL_SCHEMES, SUBJECT_KEY, LabelScheme, Strict, scheme_of
 
 EXTENSIONS = (".nii.gz", ".nii")
 SPEC_FOLDER = Path(__file__).parent / "specs"
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One volume in a file: the whole of it, or one channel along the fourth axis."""
+
+    path: Path
+    channel: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.channel is None else f"{self.path}, channel {self.channel}"
 
 
 @dataclass(frozen=True)
@@ -23,8 +34,20 @@ class Case:
 
     subject: str
     patient: str
-    files: dict[str, Path]
-    label: Path | None = None
+    files: dict[str, Volume]
+    label: Volume | None = None
+    brain: Volume | None = None
+    site: str | None = None
+    field_strength_t: float | None = None
+
+
+class PreprocessConfig(Strict):
+    """How the volumes of a data set become what is stored."""
+
+    spacing_mm: tuple[float, float, float] | None = None  # resample to it (X, Y, Z in RAS+); None: keep the files' own
+    common_grid: str | None = None  # resample all sequences to the grid of this one by their headers; None: they must agree
+    margin_voxels: int = Field(0, ge=0)  # kept around the brain box
+    background: Literal["zero", "border"] = "zero"  # what is outside the brain: 0, or the value that fills the volume's border
 
 
 class DatasetSpec(Strict):
@@ -42,14 +65,20 @@ class DatasetSpec(Strict):
     allow_missing: bool = False  # subjects may lack sequences (never all of them)
     labels: Literal["required", "optional", "none"] = "required"
     label: str | None = None  # file pattern
+    brain_mask: str | None = None  # file pattern; without it the brain is the union of non-background voxels
+    label_map: dict[int, int] | None = None  # value in the file -> value of the scheme; others stop the build
+    label_rest: int | None = None  # with label_map: what every other value becomes
+    site: str | None = None  # regular expression on the subject; its group is the site
+    field_strength_t: float | dict[str, float] | None = None  # of all scanners, or per site
+    preprocessing: PreprocessConfig = PreprocessConfig()
     label_exceptions: dict[str, str] = {}  # subject -> its label's file pattern
-    label_scheme: str | None = None
+    label_scheme: str | LabelScheme | None = None
     patient: str | None = None  # regular expression on the subject; its group is the patient. Default: the subject
 
     @field_validator("label_scheme")
     @classmethod
-    def _known_scheme(cls, value: str | None) -> str | None:
-        if value is not None and value not in LABEL_SCHEMES:
+    def _known_scheme(cls, value: str | LabelScheme | None) -> str | LabelScheme | None:
+        if isinstance(value, str) and value not in LABEL_SCHEMES:
             raise ValueError(f"no such label scheme; known: {', '.join(LABEL_SCHEMES)}")
         return value
 
@@ -86,7 +115,7 @@ class DatasetSpec(Strict):
     @property
     def scheme(self) -> LabelScheme | None:
         """The label scheme, None where the data set has no labels."""
-        return LABEL_SCHEMES[self.label_scheme] if self.label_scheme else None
+        return scheme_of(self.label_scheme)
 
     def sha256(self) -> str:
         """Digest of the facts, independent of the YAML file's wording."""
@@ -117,7 +146,7 @@ class DatasetSpec(Strict):
         if not SUBJECT_KEY.fullmatch(subject):
             raise UserError(f"{root}: subject {subject!r} cannot be a key; rename it to letters, digits, _ and - only")
         found = {name: _find(root, _named(pattern, subject)) for name, pattern in self.sequences.items()}
-        files = {name: path for name, path in found.items() if path}
+        files = {name: Volume(path) for name, path in found.items() if path}
         missing = [name for name in found if name not in files]
         if not files or (missing and require_complete and not self.allow_missing):
             raise UserError(f"subject {subject}: no {missing[0]}; expected {root / _named(self.sequences[missing[0]], subject)}")
@@ -125,7 +154,7 @@ class DatasetSpec(Strict):
         if label is None and require_complete and self.labels == "required":
             expected = root / _named(self.label, subject)
             raise UserError(f"subject {subject}: no label; expected {expected}, or say labels: optional in the spec")
-        return Case(subject, self._patient(subject), files, label)
+        return Case(subject, self._patient(subject), files, Volume(label) if label else None)
 
     def _label_file(self, subject: str, root: Path) -> Path | None:
         if self.label is None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from mstkd.errors import UserError
 from mstkd.shards.members import read_member
 from mstkd.shards.spec import (
-    BRAIN, IMAGE, LABEL, LABEL_SCHEMES, META, LabelScheme, ShardIndex, Splits, SubjectMeta, read_index, read_splits,
+    BRAIN, IMAGE, LABEL, META, LabelScheme, ShardIndex, Splits, SubjectMeta, read_index, read_splits,
 )  # fmt: skip
 
 REGION_COLOURS = {"WT": "tab:green", "TC": "gold", "ET": "red"}
@@ -20,7 +20,7 @@ DISPLAY_RANGE = (-2.0, 3.0)  # z-scores shown black and white
 def table(folder: Path) -> Table:
     """One row per subject: key, patient, stored shape, spacing, sequences, label volumes, where the splits put it."""
     folder, index, splits = _read(folder)
-    regions = list(LABEL_SCHEMES[index.label_scheme].regions) if index.label_scheme else []
+    regions = list(index.scheme.regions) if index.scheme else []
     view = Table(title=f"{folder}: {index.dataset}, {len(index.subjects())} subjects in {len(index.shards)} tars")
     for column in ("subject", "patient", "shape", "spacing (mm)", "sequences", *(f"{region} (ml)" for region in regions), "split"):
         view.add_column(column)
@@ -50,7 +50,7 @@ def montage(folder: Path, out_png: Path, subjects: int = 4) -> Path:
     columns = len(index.sequences) + 1
     figure = Figure(figsize=(2.2 * columns, 2.5 * len(places)), layout="constrained", facecolor="black")
     panels = figure.subplots(len(places), columns, squeeze=False)
-    scheme = LABEL_SCHEMES[index.label_scheme] if index.label_scheme else None
+    scheme = index.scheme
     for row, (tar, entry) in zip(panels, places):
         image, brain = read_member(tar, entry, IMAGE), read_member(tar, entry, BRAIN)
         label = read_member(tar, entry, LABEL) if LABEL in entry.members else np.zeros(image.shape[1:], np.uint8)

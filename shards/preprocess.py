@@ -5,7 +5,6 @@ Volumes are reoriented to RAS+, cropped to the brain box and z-scored over the b
 
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +13,7 @@ from nibabel.spatialimages import HeaderDataError
 from scipy.ndimage import binary_fill_holes
 
 from mstkd.errors import UserError
-from mstkd.shards.dataset import Case
+from mstkd.shards.dataset import Case, DatasetSpec, Volume
 from mstkd.shards.spec import LabelScheme, SequenceStats, SubjectMeta
 
 AFFINE_TOLERANCE_MM = 1e-3
@@ -44,13 +43,14 @@ class Preprocessed:
     meta: SubjectMeta
 
 
-def preprocess(case: Case, sequences: tuple[str, ...], label_scheme: LabelScheme | None) -> Preprocessed:
-    """Read and normalise one case; channels follow `sequences`, the label is read if a scheme is given.
+def preprocess(case: Case, dataset: DatasetSpec, sequences: tuple[str, ...] = ()) -> Preprocessed:
+    """Read and normalise one case; channels follow `sequences` (by default the data set's), a label is read if the case has one.
 
     Raises UserError, naming the file: unreadable, not finite, constant, on another grid than its siblings, or
     label values outside the scheme.
     """
-    raw = load_case(case, label_scheme)
+    sequences = sequences or tuple(dataset.sequences)
+    raw = load_case(case, dataset.scheme)
     brain = brain_mask(list(raw.volumes.values()))
     box = bounding_box(brain if raw.label is None else brain | (raw.label > 0))
     inside = tuple(slice(start, stop) for start, stop in box)
@@ -116,7 +116,7 @@ def check_headers(case: Case) -> None:
         _same_grid(path, image.shape, image.affine, first, reference.shape, reference.affine)
 
 
-def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_volume(path: Volume) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (3 axes, as in the file, scaled) and affine (4, 4) of a NIfTI file. Raises UserError."""
     image = _open(path)
     try:
@@ -133,9 +133,9 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return data, affine
 
 
-def _open(path: Path) -> nib.Nifti1Image:
+def _open(path: Volume) -> nib.Nifti1Image:
     try:
-        return nib.load(path)
+        return nib.load(path.path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UNREADABLE:
@@ -161,7 +161,7 @@ def bounding_box(mask: np.ndarray) -> Box:
     return tuple(box)
 
 
-def _statistics(voxels: np.ndarray, path: Path) -> SequenceStats:
+def _statistics(voxels: np.ndarray, path: Volume) -> SequenceStats:
     if voxels.size == 0 or voxels.min() == voxels.max():
         raise UserError(f"{path}: every brain voxel has the same value; this scan carries nothing, leave it out")
     voxels = voxels.astype(np.float64)
@@ -171,7 +171,7 @@ def _statistics(voxels: np.ndarray, path: Path) -> SequenceStats:
     )
 
 
-def _checked_labels(data: np.ndarray, scheme: LabelScheme, path: Path) -> np.ndarray:
+def _checked_labels(data: np.ndarray, scheme: LabelScheme, path: Volume) -> np.ndarray:
     """(X, Y, Z) uint8; UserError if a value is not one of the scheme's."""
     values = np.unique(data)
     strange = [f"{value:g}" for value in values if value not in scheme.values]
@@ -182,7 +182,7 @@ def _checked_labels(data: np.ndarray, scheme: LabelScheme, path: Path) -> np.nda
     return data.astype(np.uint8)
 
 
-def _same_grid(path: Path, shape: tuple, affine: np.ndarray, first: Path, first_shape: tuple, first_affine: np.ndarray) -> None:
+def _same_grid(path: Volume, shape: tuple, affine: np.ndarray, first: Volume, first_shape: tuple, first_affine: np.ndarray) -> None:
     if shape != first_shape:
         raise UserError(f"{path}: shape {shape} differs from {first_shape} of {first}; resample them to one grid")
     if not np.allclose(affine, first_affine, rtol=0, atol=AFFINE_TOLERANCE_MM):

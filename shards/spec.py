@@ -58,6 +58,11 @@ LABEL_SCHEMES: dict[str, LabelScheme] = {
 }
 
 
+def scheme_of(declared: "str | LabelScheme | None") -> "LabelScheme | None":
+    """The label scheme that a spec or an index declares, by name or as a whole; None where there are no labels."""
+    return LABEL_SCHEMES[declared] if isinstance(declared, str) else declared
+
+
 class SequenceStats(Strict):
     """Raw intensities of one sequence over the brain; mean and std undo the z-score."""
 
@@ -81,10 +86,13 @@ class SubjectMeta(Strict):
     sequences: tuple[str, ...]  # present ones, in the data set's order
     stats: dict[str, SequenceStats]  # per present sequence
     spacing_mm: tuple[float, float, float]  # of the stored volume: (X, Y, Z), RAS+
+    brain_from: Literal["volumes", "mask"] = "volumes"  # union of what is not background, or a given mask
+    constant: tuple[str, ...] = ()  # sequences whose file carries one value throughout; recorded as missing
     original_shape: tuple[int, int, int]  # of the file, before reorientation
     original_affine: tuple[tuple[float, float, float, float], ...]  # 4 x 4, voxel -> mm, of the file
     orientation: str  # axis codes of the file, e.g. "LPS"
-    crop_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) per axis, in the RAS+ grid
+    grid_shape: tuple[int, int, int] | None = None  # of the RAS+ grid after resampling; None: not resampled
+    crop_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) per axis, in that RAS+ grid
 
 
 class SubjectEntry(Strict):
@@ -94,6 +102,8 @@ class SubjectEntry(Strict):
     patient: str
     sequences: tuple[str, ...]
     members: dict[str, tuple[int, int]]
+    shape: tuple[int, int, int] | None = None  # (X, Y, Z) of every volume of the subject; None: not said
+    ranges: dict[str, tuple[float, float]] = {}  # per sequence: smallest and largest stored value (z-score, float16)
     fingerprint: dict[str, str]  # per sequence: base64 of float16 16^3 block means of the z-scored volume
     label_volume_ml: dict[str, float] = Field(default_factory=dict)  # per region of the scheme
 
@@ -112,9 +122,14 @@ class ShardIndex(Strict):
     dataset: str
     spec_sha256: str
     sequences: tuple[str, ...]
-    label_scheme: str | None
+    label_scheme: str | LabelScheme | None  # a known name, or the whole scheme of a user's own data set
     extra_members: tuple[str, ...] = ()
     shards: tuple[ShardEntry, ...]
+
+    @property
+    def scheme(self) -> LabelScheme | None:
+        """The label scheme, None where the set has no labels."""
+        return scheme_of(self.label_scheme)
 
     def subjects(self) -> dict[str, SubjectEntry]:
         """All subjects by key, in stored order."""

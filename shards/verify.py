@@ -59,7 +59,7 @@ def _check_listing(folder: Path, index: ShardIndex) -> None:
         raise UserError(f"{folder / 'index.json'}: lists {outside[0]!r}, which is not a plain file name; rebuild the set")
     if not subjects:
         raise UserError(f"{folder / 'index.json'}: lists no subject; rebuild the set")
-    if index.label_scheme is not None and index.label_scheme not in LABEL_SCHEMES:
+    if isinstance(index.label_scheme, str) and index.label_scheme not in LABEL_SCHEMES:
         raise UserError(f"{folder / 'index.json'}: label scheme {index.label_scheme!r} is unknown; known: {', '.join(LABEL_SCHEMES)}")
     stray = sorted(path.name for path in folder.glob("*.tar") if path.name not in files)
     if stray:
@@ -129,7 +129,7 @@ def _check_content(tar: Path, entry: SubjectEntry, index: ShardIndex) -> None:
         raise ValueError(f"{IMAGE} is not finite, or not 0 outside the brain")
     _check_fingerprints(image, entry, index)
     if LABEL in members:
-        _check_label(members[LABEL], shape, meta, entry, LABEL_SCHEMES.get(index.label_scheme))
+        _check_label(members[LABEL], shape, meta, entry, index.scheme)
 
 
 def _meta(values: dict) -> SubjectMeta:

@@ -137,7 +137,7 @@ def _truths(ref_dir: Path, spec: DatasetSpec, subjects: Iterable[str]) -> dict[s
     maps = _label_maps(ref_dir)
     if any(subject in maps for subject in subjects):
         return maps
-    return {case.subject: case.label for case in spec.find_cases(ref_dir, require_complete=False) if case.label}
+    return {case.subject: case.label.path for case in spec.find_cases(ref_dir, require_complete=False) if case.label}
 
 
 def _score_files(prediction: Path, truth: Path, scheme: LabelScheme, options: EvaluateConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mstkd.data.sample import Sample
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
-from mstkd.shards.spec import LABEL_SCHEMES, LabelScheme
+from mstkd.shards.spec import LabelScheme
 
 SPLITS = ("test", "val", "train", "all")
 
@@ -29,8 +29,7 @@ class CaseSource:
 
     @property
     def label_scheme(self) -> LabelScheme | None:
-        name = self.stores[0].index.label_scheme
-        return LABEL_SCHEMES[name] if name else None
+        return self.stores[0].index.scheme
 
     @property
     def dataset(self) -> str:

@@ -14,7 +14,7 @@ from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.source import CaseSource
 from mstkd.methods import DataFacts, Method, build
 from mstkd.run_folder import read_record, read_run_config
-from mstkd.shards.spec import LABEL_SCHEMES
+from mstkd.shards.spec import LabelScheme, scheme_of
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def open_run(run_dir: Path) -> TrainedRun:
     run_dir = Path(run_dir)
     config = read_run_config(run_dir)
     data = read_record(run_dir)["data"]
-    scheme = LABEL_SCHEMES[data["label_scheme"]] if data["label_scheme"] else None
-    facts = DataFacts(tuple(data["sequences"]), scheme, config.data.crop)
+    declared = data["label_scheme"]
+    scheme = LabelScheme.model_validate(declared) if isinstance(declared, dict) else declared
+    facts = DataFacts(tuple(data["sequences"]), scheme_of(scheme), config.data.crop)
     method = build(config.method, facts, config.origin)
     if method.task != "segmentation":
         raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; only segmentation can be evaluated and predicted")
