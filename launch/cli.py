@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mstkd.config import load_config
 from mstkd.errors import UserError
+from mstkd.launch.bench_cli import bench
 from mstkd.launch.mlflow_cli import mlflow
 from mstkd.launch.shards_cli import print_table, shards
 from mstkd.launch.status_cli import cancel, logs, status
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(shards, name="shards")
 app.add_typer(mlflow, name="mlflow")
+app.add_typer(bench, name="bench")
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/mst_kdnet_phantom.")]
 

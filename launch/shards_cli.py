@@ -1,5 +1,6 @@
 """`mstkd shards ...`: making and checking shard sets."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -7,9 +8,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mstkd.errors import UserError
+
 shards = typer.Typer(help="Make and check shard sets.")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A shard set: a folder with tars and index.json.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes; the result does not depend on it.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the default splits.")]
 
 
 @shards.command()
@@ -31,34 +36,95 @@ def phantom(
 
 
 @shards.command()
+def prepare(
+    config: Annotated[Path, typer.Option(help="A YAML file: the commands to run, in order.")],
+    src: Annotated[Path, typer.Option(help="Folder of raw scans.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results and logs.")],
+    workers: Annotated[int, typer.Option(min=1, help="Subjects at work at once.")] = 1,
+) -> None:
+    """Run external tools on raw scans (DICOM conversion, registration, skull-stripping) and check each result.
+
+    Run again, it leaves finished steps alone.
+
+    Example: mstkd shards prepare --config prepare.yaml --src raw --out nifti --workers 4
+    """
+    from mstkd.shards.prepare import prepare as run
+
+    subjects = run(config, src, out, workers)
+    typer.echo(f"prepared {len(subjects)} subjects into {out}")
+
+
+@shards.command()
 def build(
     spec: Annotated[str, typer.Option(help="A packaged data set spec, or a path ending in .yaml.")],
     src: Annotated[Path, typer.Option(help="Folder of NIfTI files.")],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes; the files do not depend on it.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the default splits.")] = 0,
-    splits: Annotated[Path | None, typer.Option(help="A splits.json to use instead of the default splits.")] = None,
+    workers: Workers = 1,
+    seed: Seed = 0,
+    splits: Annotated[Path | None, typer.Option(help="Who goes where: a splits.json, nnU-Net's splits_final.json or a MONAI datalist.")] = None,
     allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Let a patient be on two sides of a split.")] = False,
+    subjects_per_shard: Annotated[int, typer.Option(min=1, help="Subjects in a tar.")] = 8,
+    part: Annotated[str | None, typer.Option(metavar="I/N", help="Build the I-th of N parts; then: mstkd shards merge OUT.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted build, or begin.")] = False,
+    pseudonymise: Annotated[bool, typer.Option("--pseudonymise", help="Replace subject and patient keys by keyed hashes.")] = False,
+    salt_file: Annotated[Path | None, typer.Option(help="With --pseudonymise: the secret. Default: one beside OUT, made if absent.")] = None,
 ) -> None:
     """Turn a folder of NIfTI cases into a shard set.
 
     Example: mstkd shards build --spec phantom --src demo/nifti --out demo/shards --workers 4
+
+    Example: mstkd shards build --spec brats2021 --src raw --out shards/brats2021 --workers 8 --part 3/20 --resume
     """
     from mstkd.shards.build import build as run
 
-    index = run(spec, src, out, workers=workers, seed=seed, splits=splits, allow_overlap=allow_overlap)
+    index = run(
+        spec, src, out, workers=workers, seed=seed, splits=splits, allow_overlap=allow_overlap, subjects_per_shard=subjects_per_shard,
+        part=part_of(part), resume=resume, pseudonymise=pseudonymise, salt_file=salt_file,
+    )  # fmt: skip
+    if index is not None:
+        typer.echo(f"wrote {len(index.subjects())} subjects in {len(index.shards)} tars to {out}")
+
+
+@shards.command()
+def merge(out: Annotated[Path, typer.Argument(metavar="OUT", help="What the parts were given as --out.")]) -> None:
+    """Make a shard set of the parts that `build --part` has built.
+
+    Example: mstkd shards merge shards/brats2021
+    """
+    from mstkd.shards.parts import merge as run
+
+    index, text = run(out)
+    typer.echo(text, err=True)
     typer.echo(f"wrote {len(index.subjects())} subjects in {len(index.shards)} tars to {out}")
 
 
 @shards.command()
-def verify(folder: Folder) -> None:
+def index(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of WebDataset tars without index.json.")],
+    spec: Annotated[str | None, typer.Option(help="The data set spec that gives sequences and label scheme.")] = None,
+    workers: Workers = 1,
+    seed: Seed = 0,
+    splits: Annotated[Path | None, typer.Option(help="Who goes where: as for build.")] = None,
+) -> None:
+    """Make a shard set of WebDataset tars that another program wrote, after checking every member.
+
+    Example: mstkd shards index converted/tars --spec brats2021 --workers 4
+    """
+    from mstkd.shards.foreign import index_foreign
+
+    found = index_foreign(folder, spec, workers=workers, seed=seed, splits=splits)
+    typer.echo(f"indexed {len(found.subjects())} subjects in {len(found.shards)} tars of {folder}")
+
+
+@shards.command()
+def verify(folder: Folder, workers: Workers = 1) -> None:
     """Read a shard set whole and compare it with its index.
 
-    Example: mstkd shards verify demo/shards
+    Example: mstkd shards verify demo/shards --workers 4
     """
     from mstkd.shards.verify import verify as run
 
-    run(folder)
+    run(folder, workers)
     typer.echo(f"{folder}: sound")
 
 
@@ -77,6 +143,16 @@ def inspect(
     if png is not None:
         inspection.montage(folder, png)
         typer.echo(f"wrote {png}")
+
+
+def part_of(text: str | None) -> tuple[int, int] | None:
+    """(2, 6) from "2/6". Raises UserError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--part {text}: give I/N with I from 1 to N, e.g. 2/6")
+    return int(match[1]), int(match[2])
 
 
 def print_table(table: Table) -> None:

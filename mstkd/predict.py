@@ -14,8 +14,10 @@ from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.scenarios import subset_name
 from mstkd.evaluate.weights import open_run
-from mstkd.shards.dataset import Case, DatasetSpec, known_specs, load_spec
-from mstkd.shards.preprocess import check_headers, preprocess, restore
+from mstkd.shards.dataset import Case, DatasetSpec, Volume, known_specs, load_spec
+from mstkd.shards.geometry import restore, restore_scores
+from mstkd.shards.preprocess import preprocess
+from mstkd.shards.raw_case import check_headers, grid_sequence
 
 
 def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = None) -> list[Path]:
@@ -23,8 +25,9 @@ def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = 
 
     The layout and file names of `input` are those of `spec`, by default of the run's own data set; any non-empty
     subset of sequences will do, labels are not looked at. Label maps are uint8 in the run's label scheme, on the
-    grid of the case's first sequence. `output` appears when all is done. Raises UserError: output exists, no case,
-    an unreadable file, sequences of a case on different grids.
+    grid of the case's first sequence (of the spec's `common_grid`, where it has one). If the spec resamples, the
+    networks' logits are interpolated on that grid and labels decided there. `output` appears when all is done. Raises
+    UserError: output exists, no case, an unreadable file, sequences of a case on different grids.
     """
     output = Path(output)
     if output.exists():
@@ -32,12 +35,12 @@ def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = 
     run = open_run(run_dir)
     if spec is None and run.dataset not in known_specs():
         raise UserError(f"{run_dir}: its data set {run.dataset} has no packaged spec; say how files are named with --spec FILE")
-    dataset = load_spec(spec or run.dataset)
+    dataset = load_spec(spec or run.dataset, Path(input))
     if unknown := [name for name in dataset.sequences if name not in run.facts.sequences]:
         raise UserError(f"spec {dataset.name}: the run knows no sequence {unknown[0]}, only {', '.join(run.facts.sequences)}; choose another --spec")
     cases = dataset.find_cases(Path(input), require_complete=False)
     for case in cases:  # all headers before the first forward: a bad last case must not cost the others
-        check_headers(case)
+        check_headers(case, dataset)
     predictor, console = run.predictor(), Console()
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -47,7 +50,7 @@ def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = 
         with evaluation_mode(run.method):
             for case in cases:
                 labels, used[case.subject] = _predict_case(predictor, run.networks[0], case, dataset)
-                save_label_map(labels, next(iter(case.files.values())).path, partial / f"{case.subject}.nii.gz")
+                save_label_map(labels, case.files[grid_sequence(case, dataset)], partial / f"{case.subject}.nii.gz")
                 console.print(f"{case.subject}: {used[case.subject]}", highlight=False)
         (partial / "predictions.json").write_text(json.dumps(used, indent=1) + "\n")
         partial.rename(output)
@@ -56,21 +59,28 @@ def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = 
     return [output / f"{case.subject}.nii.gz" for case in cases]
 
 
-def save_label_map(labels: NDArray[np.uint8], reference: Path, path: Path) -> None:
-    """Write `labels`, which lie on the grid of the NIfTI file `reference`, with its geometry and none of its texts."""
-    source = nib.load(reference)
+def save_label_map(labels: NDArray[np.uint8], reference: Volume, path: Path) -> None:
+    """Write `labels`, which lie on the grid of the volume `reference`, as NIfTI with its geometry and none of its texts."""
+    source = nib.load(reference.path)
+    if not isinstance(source, nib.Nifti1Pair):  # Analyze, MGH: their headers mean other things
+        nib.save(nib.Nifti1Image(labels, source.affine), path)
+        return
     header = source.header.copy()
     header.extensions.clear()
-    for text in ("descrip", "aux_file", "db_name", "intent_name"):
+    for text in {"descrip", "aux_file", "db_name", "intent_name"}.intersection(header.keys()):  # NIfTI-2 has no db_name
         header[text] = b""  # may name people or places
     header["cal_min"] = header["cal_max"] = 0
     header.set_data_dtype(np.uint8)
-    nib.save(type(source)(labels, source.affine, header), path)
+    kind = nib.Nifti2Image if isinstance(source, nib.Nifti2Image | nib.Nifti2Pair) else nib.Nifti1Image
+    nib.save(kind(labels, source.affine, header), path)
 
 
 def _predict_case(predictor: Predictor, network: str, case: Case, dataset: DatasetSpec) -> tuple[NDArray[np.uint8], str]:
     """The label map on the file's grid, and the subset it was made from."""
     stored = preprocess(replace(case, label=None), dataset, predictor.sequences)
     volume = predictor.volume(stored.image, stored.brain, stored.meta)
-    labels = predictor.labels(network, volume, volume.present)
-    return restore(labels, stored.meta), subset_name(predictor.sequences, volume.present)
+    used = subset_name(predictor.sequences, volume.present)
+    if stored.meta.grid_shape is None:
+        return restore(predictor.labels(network, volume, volume.present), stored.meta), used
+    scores = predictor.logits(network, volume, volume.present)
+    return restore_scores(scores, stored.meta, predictor.decide), used

@@ -1,50 +1,31 @@
-"""What a data set looks like on disk: `shards/specs/*.yaml`, and the cases that a folder holds."""
+"""What a data set looks like on disk: `shards/specs/*.yaml`, or a YAML file of one's own."""
 
 import hashlib
-import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mstkd.config import read_yaml, validate_section
 from mstkd.errors import UserError
-from mstkd.shards.spec import LABEL_SCHEMES, SUBJECT_KEY, LabelScheme, Strict, scheme_of
+from mstkd.shards.cases import Case, find_cases
+from mstkd.shards.patterns import NIFTI, SUBJECT, FilePattern, Volume
+from mstkd.shards.scheme_check import check_scheme
+from mstkd.shards.spec import LABEL_SCHEMES, LabelScheme, Strict, scheme_of
 
-EXTENSIONS = (".nii.gz", ".nii")
+__all__ = ["Case", "DatasetSpec", "PreprocessConfig", "Volume", "known_specs", "load_spec"]
+
 SPEC_FOLDER = Path(__file__).parent / "specs"
+NNUNET = "nnunet"  # not a file: the spec is derived from the folder's dataset.json
 
-
-@dataclass(frozen=True)
-class Volume:
-    """One volume in a file: the whole of it, or one channel along the fourth axis."""
-
-    path: Path
-    channel: int | None = None
-
-    def __str__(self) -> str:
-        return str(self.path) if self.channel is None else f"{self.path}, channel {self.channel}"
-
-
-@dataclass(frozen=True)
-class Case:
-    """The files of one subject; `files` has the sequences that exist, in the data set's order."""
-
-    subject: str
-    patient: str
-    files: dict[str, Volume]
-    label: Volume | None = None
-    brain: Volume | None = None
-    site: str | None = None
-    field_strength_t: float | None = None
+Positive = Annotated[float, Field(gt=0)]
 
 
 class PreprocessConfig(Strict):
     """How the volumes of a data set become what is stored."""
 
-    spacing_mm: tuple[float, float, float] | None = None  # resample to it (X, Y, Z in RAS+); None: keep the files' own
+    spacing_mm: tuple[Positive, Positive, Positive] | None = None  # resample to it (X, Y, Z in RAS+); None: keep the files' own
     common_grid: str | None = None  # resample all sequences to the grid of this one by their headers; None: they must agree
     margin_voxels: int = Field(0, ge=0)  # kept around the brain box
     background: Literal["zero", "border"] = "zero"  # what is outside the brain: 0, or the value that fills the volume's border
@@ -53,7 +34,9 @@ class PreprocessConfig(Strict):
 class DatasetSpec(Strict):
     """The facts of a data set, as read from a YAML file.
 
-    A file pattern contains `{subject}` and ends in .nii.gz or .nii; either ending is accepted on disk.
+    A file pattern names a file of a subject: `{subject}` stands for the subject, `*` for any part of one name, and
+    `#k` at its end for channel k of a 4D file. It ends in .nii.gz or .nii (either is accepted on disk), .img (an
+    Analyze or NIfTI pair with its .hdr) or .mgz.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
@@ -66,31 +49,47 @@ class DatasetSpec(Strict):
     labels: Literal["required", "optional", "none"] = "required"
     label: str | None = None  # file pattern
     brain_mask: str | None = None  # file pattern; without it the brain is the union of non-background voxels
-    label_map: dict[int, int] | None = None  # value in the file -> value of the scheme; others stop the build
-    label_rest: int | None = None  # with label_map: what every other value becomes
+    label_map: dict[int, int] | None = None  # value in the file -> value of the scheme; one neither mapped nor in the scheme stops the build
+    label_rest: int | None = None  # with label_map: what every other value but 0 becomes
     site: str | None = None  # regular expression on the subject; its group is the site
-    field_strength_t: float | dict[str, float] | None = None  # of all scanners, or per site
+    field_strength_t: Positive | dict[str, Positive] | None = None  # of all scanners, or per site
     preprocessing: PreprocessConfig = PreprocessConfig()
     label_exceptions: dict[str, str] = {}  # subject -> its label's file pattern
     label_scheme: str | LabelScheme | None = None
     patient: str | None = None  # regular expression on the subject; its group is the patient. Default: the subject
 
-    @field_validator("label_scheme")
+    @field_validator("label_scheme", mode="before")
     @classmethod
-    def _known_scheme(cls, value: str | LabelScheme | None) -> str | LabelScheme | None:
+    def _one_scheme(cls, value: object) -> object:
+        if isinstance(value, dict):
+            try:
+                value = LabelScheme.model_validate(value)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
         if isinstance(value, str) and value not in LABEL_SCHEMES:
             raise ValueError(f"no such label scheme; known: {', '.join(LABEL_SCHEMES)}")
+        if isinstance(value, LabelScheme):
+            check_scheme(value)
         return value
 
-    @field_validator("patient")
+    @field_validator("field_strength_t", mode="before")
     @classmethod
-    def _one_group(cls, value: str | None) -> str | None:
+    def _per_site(cls, value: object) -> object:
+        strengths = value.values() if isinstance(value, dict) else [value]
+        if any(not isinstance(strength, float | int | None) or (strength or 1) <= 0 for strength in strengths):
+            raise ValueError("give tesla, a number above 0, or one for each site: {Guys: 1.5, HH: 3.0}")
+        return value
+
+    @field_validator("patient", "site")
+    @classmethod
+    def _one_group(cls, value: str | None, info) -> str | None:
         try:
             groups = 1 if value is None else re.compile(value).groups
         except re.error as error:
             raise ValueError(f"not a regular expression: {error}") from None
         if groups != 1:
-            raise ValueError("needs exactly one group (...), which is the patient")
+            raise ValueError(f"needs exactly one group (...), which is the {info.field_name}")
         return value
 
     @model_validator(mode="after")
@@ -98,19 +97,42 @@ class DatasetSpec(Strict):
         for name in self.sequences:
             if not re.fullmatch(r"[A-Za-z0-9_]+", name):
                 raise ValueError(f"sequence name {name!r}: use letters, digits and _")
-        patterns = [*self.sequences.values(), *([self.label] if self.label else [])]
-        for pattern in (*patterns, *self.label_exceptions.values()):
-            if not pattern.endswith(EXTENSIONS):
-                raise ValueError(f"file pattern {pattern!r} does not end in .nii.gz or .nii")
-        if self.layout == "flat" and any("{subject}" not in pattern for pattern in patterns):
-            raise ValueError("layout flat: every file pattern needs {subject}")
-        if len(set(patterns)) < len(patterns):
-            raise ValueError("two file patterns are the same")
+        self._check_patterns()
         if self.labels == "none" and (self.label or self.label_scheme):
             raise ValueError("labels: none, but label or label_scheme is given")
         if self.labels != "none" and not (self.label and self.label_scheme):
             raise ValueError(f"labels: {self.labels} needs label (a file pattern) and label_scheme")
+        self._check_label_map()
+        if isinstance(self.field_strength_t, dict) and self.site is None:
+            raise ValueError("field_strength_t per site needs site, the regular expression that finds it in the subject")
+        grid = self.preprocessing.common_grid
+        if grid is not None and grid not in self.sequences:
+            raise ValueError(f"preprocessing.common_grid: {grid!r} is no sequence; choose one of {', '.join(self.sequences)}")
         return self
+
+    def _check_patterns(self) -> None:
+        patterns = self.patterns(exceptions=False)
+        self.patterns()  # parses the exceptions too
+        if self.layout == "flat":
+            for pattern in patterns:
+                if SUBJECT not in pattern.stem:
+                    raise ValueError("layout flat: every file pattern needs {subject}")
+                if pattern.ambiguous:
+                    text = pattern.stem + pattern.ending
+                    raise ValueError(f"layout flat: {text!r} has * and {{subject}} in one name; keep them apart by a /")
+        if len({pattern.same_volume for pattern in patterns}) < len(patterns):
+            raise ValueError("two file patterns are the same")
+
+    def _check_label_map(self) -> None:
+        if self.label_map is None and self.label_rest is not None:
+            raise ValueError("label_rest is given without label_map")
+        if self.label_map is not None and self.scheme is None:
+            raise ValueError("label_map is given, but the data set has no label_scheme")
+        targets = {**(self.label_map or {}), **({} if self.label_rest is None else {"label_rest": self.label_rest})}
+        for source, value in targets.items():
+            if value not in self.scheme.values:
+                allowed = ", ".join(map(str, self.scheme.values))
+                raise ValueError(f"label_map: {source} becomes {value}, which is not in scheme {self.scheme.name} ({allowed})")
 
     @property
     def scheme(self) -> LabelScheme | None:
@@ -121,92 +143,44 @@ class DatasetSpec(Strict):
         """Digest of the facts, independent of the YAML file's wording."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
+    def patterns(self, exceptions: bool = True) -> list[FilePattern]:
+        """The file patterns of sequences, label and brain mask; with `exceptions` also those of single subjects."""
+        texts = [*self.sequences.values(), self.label, self.brain_mask, *(self.label_exceptions.values() if exceptions else [])]
+        return [FilePattern.parse(text) for text in texts if text]
+
     def expected(self) -> str:
         """The files of a subject, in words."""
-        patterns = [*self.sequences.values(), *([self.label] if self.labels == "required" else [])]
+        needed = (self.label if self.labels == "required" else None, self.brain_mask)
+        texts = [*self.sequences.values(), *(text for text in needed if text)]
         prefix = "{subject}/" if self.layout == "folders" else ""
-        return ", ".join(prefix + pattern for pattern in patterns) + " (.nii or .nii.gz)"
+        either = " (.nii or .nii.gz)" if any(FilePattern.parse(text).endings == NIFTI for text in texts) else ""
+        return ", ".join(prefix + text for text in texts) + either
 
     def find_cases(self, src: Path, require_complete: bool = True) -> list[Case]:
         """The cases under `src`, sorted by subject.
 
         With `require_complete` the spec's demands on sequences and labels hold; without it (prediction) any
-        non-empty subset of sequences will do and no label is needed. Raises UserError: no such folder, no case,
-        a file that is missing or there twice, a subject that cannot be a key or has no patient.
+        non-empty subset of sequences will do and no label is needed. A brain mask that the spec names is always
+        needed. Raises UserError: no such folder, no case, a file that is missing or there twice, a subject that
+        cannot be a key, or has no patient, site or field strength.
         """
-        src = Path(src)
-        if not src.is_dir():
-            raise UserError(f"{src}: no such folder; give the one that holds the cases")
-        roots = self._subject_folders(src) if self.layout == "folders" else self._flat_subjects(src)
-        if not roots:
-            raise UserError(f"{src}: no case of data set {self.name}; expected {self.expected()}")
-        return [self._case(subject, roots[subject], require_complete) for subject in sorted(roots)]
-
-    def _case(self, subject: str, root: Path, require_complete: bool) -> Case:
-        if not SUBJECT_KEY.fullmatch(subject):
-            raise UserError(f"{root}: subject {subject!r} cannot be a key; rename it to letters, digits, _ and - only")
-        found = {name: _find(root, _named(pattern, subject)) for name, pattern in self.sequences.items()}
-        files = {name: Volume(path) for name, path in found.items() if path}
-        missing = [name for name in found if name not in files]
-        if not files or (missing and require_complete and not self.allow_missing):
-            raise UserError(f"subject {subject}: no {missing[0]}; expected {root / _named(self.sequences[missing[0]], subject)}")
-        label = self._label_file(subject, root)
-        if label is None and require_complete and self.labels == "required":
-            expected = root / _named(self.label, subject)
-            raise UserError(f"subject {subject}: no label; expected {expected}, or say labels: optional in the spec")
-        return Case(subject, self._patient(subject), files, Volume(label) if label else None)
-
-    def _label_file(self, subject: str, root: Path) -> Path | None:
-        if self.label is None:
-            return None
-        exception = self.label_exceptions.get(subject)
-        found = _find(root, _named(exception, subject)) if exception else None
-        return found or _find(root, _named(self.label, subject))
-
-    def _patient(self, subject: str) -> str:
-        if self.patient is None:
-            return subject
-        match = re.fullmatch(self.patient, subject)
-        if match is None:
-            raise UserError(f"subject {subject}: does not fit patient: {self.patient!r} of data set {self.name}; correct the spec")
-        return match[1]
-
-    def _subject_folders(self, src: Path) -> dict[str, Path]:
-        """Subject -> its folder, for every folder under `src` (or `src` itself) that holds an expected file."""
-        roots: dict[str, Path] = {}
-        for name, folders, files in os.walk(src, followlinks=True):
-            folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-            root, subject = Path(name), Path(name).resolve().name
-            patterns = [*self.sequences.values(), *([self.label] if self.label else [])]
-            if any(_find(root, _named(pattern, subject)) for pattern in patterns):
-                if subject in roots:
-                    raise UserError(f"subject {subject}: two folders, {roots[subject]} and {root}; keep one")
-                roots[subject] = root
-            elif any(file.endswith(EXTENSIONS) and not file.startswith(".") for file in files):
-                raise UserError(f"{root}: holds NIfTI files, but none that data set {self.name} names; expected {self.expected()}")
-        return roots
-
-    def _flat_subjects(self, src: Path) -> dict[str, Path]:
-        """Subject -> `src`, for every file under `src` that fits a pattern."""
-        subjects = set()
-        for pattern in [*self.sequences.values(), *([self.label] if self.label else [])]:
-            stem = _stem(pattern)
-            placeholder, again = re.escape("{subject}"), r"\1"  # where a pattern repeats {subject}, it is the same one
-            regex = re.escape(stem).replace(placeholder, "([^/]+)", 1).replace(placeholder, again) + r"\.nii(?:\.gz)?"
-            for path in src.glob(stem.replace("{subject}", "*") + ".nii*"):
-                match = re.fullmatch(regex, path.relative_to(src).as_posix())
-                if match and not path.name.startswith("."):
-                    subjects.add(match[1])
-        return dict.fromkeys(subjects, src)
+        return find_cases(self, src, require_complete)
 
 
-def load_spec(name_or_path: str | Path) -> DatasetSpec:
-    """The packaged spec of that name, or the one in the file at that path (.yaml). Raises UserError."""
+def load_spec(name_or_path: str | Path, src: Path | None = None) -> DatasetSpec:
+    """The packaged spec of that name, or the one in the file at that path (.yaml); `nnunet` is read from `src`. Raises UserError."""
+    if str(name_or_path) == NNUNET:
+        from mstkd.shards.nnunet import nnunet_spec  # which needs this module
+
+        if src is None:
+            raise UserError("spec nnunet: is read from the folder's dataset.json; give the folder, or a path ending in .yaml")
+        return nnunet_spec(src)
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = SPEC_FOLDER / f"{name_or_path}.yaml"
         if not path.is_file():
-            raise UserError(f"spec {name_or_path}: unknown; known: {', '.join(known_specs())}; or give a path ending in .yaml")
+            known = ", ".join([*known_specs(), NNUNET])
+            raise UserError(f"spec {name_or_path}: unknown; known: {known}; or give a path ending in .yaml")
     if not path.is_file():
         raise UserError(f"spec {path}: no such file")
     values, lines = read_yaml(path)
@@ -214,21 +188,5 @@ def load_spec(name_or_path: str | Path) -> DatasetSpec:
 
 
 def known_specs() -> list[str]:
-    """Names of the packaged specs."""
+    """Names of the packaged specs; `nnunet`, which fits any nnU-Net folder, comes beside them."""
     return sorted(path.stem for path in SPEC_FOLDER.glob("*.yaml"))
-
-
-def _stem(pattern: str) -> str:
-    return pattern.removesuffix(".gz").removesuffix(".nii")
-
-
-def _named(pattern: str, subject: str) -> str:
-    return pattern.replace("{subject}", subject)
-
-
-def _find(root: Path, name: str) -> Path | None:
-    """`name` under `root` with either ending; None if absent, UserError if both are there."""
-    found = [path for extension in EXTENSIONS if (path := root / (_stem(name) + extension)).is_file()]
-    if len(found) > 1:
-        raise UserError(f"{root}: both {found[0].name} and {found[1].name} exist; remove one")
-    return found[0] if found else None

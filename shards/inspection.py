@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from mstkd.errors import UserError
+from mstkd.shards.layout import read_set
 from mstkd.shards.members import read_member
 from mstkd.shards.spec import (
-    BRAIN, IMAGE, LABEL, META, LabelScheme, ShardIndex, Splits, SubjectMeta, read_index, read_splits,
+    BRAIN, IMAGE, LABEL, META, LabelScheme, ShardIndex, Splits, SubjectMeta,
 )  # fmt: skip
 
 REGION_COLOURS = {"WT": "tab:green", "TC": "gold", "ET": "red"}
@@ -69,10 +70,7 @@ def montage(folder: Path, out_png: Path, subjects: int = 4) -> Path:
 
 
 def _read(folder: Path) -> tuple[Path, ShardIndex, Splits]:
-    try:
-        return Path(folder), read_index(folder), read_splits(folder)
-    except (OSError, ValueError):
-        raise UserError(f"{folder}: no readable index.json and splits.json; is this a shard set made by `mstkd shards build`?") from None
+    return Path(folder), *read_set(Path(folder))
 
 
 def _place(subject: str, splits: Splits) -> str:

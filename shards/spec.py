@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT_VERSION = 1
 IMAGE, BRAIN, LABEL, META = "image.npy", "brain.npy", "label.npy", "meta.json"  # members of a subject, in this order
-SUBJECT_KEY = re.compile(r"[A-Za-z0-9_-]+")  # no dots: WebDataset cuts keys at the first one
+FILE_LABEL = "file_label.npy"  # an extra member of resampled subjects: the label on the grid and in the axes of its file
+KEY_LIMIT = 80  # characters: a tar has 100 for a whole member name
+SUBJECT_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{KEY_LIMIT}}}")  # no dots: WebDataset cuts keys at the first one
 
 
 class Strict(BaseModel):
@@ -45,6 +47,15 @@ def _classes(name: str, classes: dict[str, int]) -> LabelScheme:
     return LabelScheme(name=name, values=(0, *classes.values()), regions={k: (v,) for k, v in classes.items()}, paint=classes)
 
 
+_ONE_SIDE = ("lateral_ventricle", "cerebellar_WM", "cerebellar_cortex", "thalamus", "caudate", "putamen", "pallidum")
+_ONE_SIDE_DEEP = ("hippocampus", "amygdala", "ventral_DC")
+MALC27 = (  # in the order of their values, 1 to 27
+    "left_WM", "left_GM", "right_WM", "right_GM",
+    *(f"left_{name}" for name in _ONE_SIDE), "third_ventricle", "fourth_ventricle", "brain_stem",
+    *(f"left_{name}" for name in _ONE_SIDE_DEEP),
+    *(f"right_{name}" for name in (*_ONE_SIDE, *_ONE_SIDE_DEEP)),
+)  # fmt: skip
+
 LABEL_SCHEMES: dict[str, LabelScheme] = {
     scheme.name: scheme
     for scheme in (
@@ -53,7 +64,7 @@ LABEL_SCHEMES: dict[str, LabelScheme] = {
         _tumour("brats2024", core=1, oedema=2, enhancing=3, extra=(4,)),  # 4 = resection cavity, outside every region
         _tumour("msd_task01", core=2, oedema=1, enhancing=3),
         _classes("tissue3", {"CSF": 1, "GM": 2, "WM": 3}),
-        _classes("malc27", {f"structure_{i:02d}": i for i in range(1, 28)}),
+        _classes("malc27", {name: value for value, name in enumerate(MALC27, 1)}),
     )
 }
 

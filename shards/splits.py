@@ -3,9 +3,9 @@
 import hashlib
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from mstkd.errors import UserError
+from mstkd.shards.dataset import DatasetSpec
+from mstkd.shards.imported_splits import MAX_NAMED, import_splits
 from mstkd.shards.spec import Fold, Splits
 
 MAX_FOLDS = 5
@@ -44,20 +44,16 @@ def check_patient_count(patients: dict[str, str]) -> None:
     """UserError if there are too few patients for train, val and test."""
     count = len(set(patients.values()))
     if count < MIN_PATIENTS:
-        raise UserError(f"{count} patient(s): too few for train, val and test; say who goes where with --splits FILE (a splits.json)")
+        raise UserError(f"{count} patient(s): too few for train, val and test; say who goes where with --splits FILE")
 
 
-def read_explicit_splits(path: Path, patients: dict[str, str], allow_overlap: bool) -> Splits:
-    """A splits file written by a person, checked against the data set; UserError names the first problem."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"splits {path}: no such file")
-    try:
-        splits = Splits.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"splits {path}: {key + ': ' if key else ''}{problem['msg']}") from None
+def read_explicit_splits(path: Path, patients: dict[str, str], allow_overlap: bool, dataset: DatasetSpec | None = None) -> Splits:
+    """A splits file made elsewhere, checked against the data set; UserError names the first problem.
+
+    Our own splits.json, nnU-Net's splits_final.json or a MONAI datalist, recognised by content. `patients`: subject ->
+    patient; `dataset` tells which file of a datalist is which subject's.
+    """
+    splits = import_splits(Path(path), patients, dataset)
     splits = splits.model_copy(update={"allow_overlap": splits.allow_overlap or allow_overlap})
     check_splits(splits, patients, str(path))
     return splits
@@ -78,9 +74,10 @@ def check_splits(splits: Splits, patients: dict[str, str], source: str) -> None:
 def _check_side(name: str, keys: tuple[str, ...], patients: dict[str, str], source: str) -> None:
     if not keys and name != "test":
         raise UserError(f"splits {source}: {name} is empty; name at least one subject")
-    unknown = [key for key in keys if key not in patients]
+    unknown = list(dict.fromkeys(key for key in keys if key not in patients))
     if unknown:
-        raise UserError(f"splits {source}: {name} names subject {unknown[0]!r}, which the data set does not have")
+        shown = ", ".join(map(repr, unknown[:MAX_NAMED])) + (f", ... ({len(unknown)} in all)" if len(unknown) > MAX_NAMED else "")
+        raise UserError(f"splits {source}: {name} names subject{'s' * (len(unknown) > 1)} {shown}, which the data set does not have")
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise UserError(f"splits {source}: {name} names subject {twice!r} twice")

@@ -1,6 +1,6 @@
 """Does a shard set hold exactly what its index says, and does all of it decode?"""
 
-import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,65 +8,79 @@ from pydantic import ValidationError
 
 from mstkd.errors import UserError
 from mstkd.shards import fingerprint
-from mstkd.shards.build import file_sha256, label_volumes_ml
-from mstkd.shards.members import read_member
+from mstkd.shards.layout import allowed_members, read_plain_file, read_set, unlisted_tars
+from mstkd.shards.members import JSON_LIMIT_BYTES, decode_json, decode_meta, read_member, read_payload
+from mstkd.shards.pool import Tally, run_jobs
+from mstkd.shards.progress import subject_progress
+from mstkd.shards.shard_writer import file_sha256, label_volumes_ml
 from mstkd.shards.spec import (
-    BRAIN, IMAGE, LABEL, LABEL_SCHEMES, META, SUBJECT_KEY, LabelScheme, ShardEntry, ShardIndex, SubjectEntry, SubjectMeta,
-    read_index, read_splits,
+    BRAIN, FILE_LABEL, IMAGE, LABEL, META, SUBJECT_KEY, LabelScheme, ShardEntry, ShardIndex, SubjectEntry, SubjectMeta,
 )  # fmt: skip
 from mstkd.shards.splits import check_splits
+from mstkd.shards.tar_walk import Member, split_name, walk
+
+SHOWN_PROBLEMS = 20
 
 
-def verify(folder: Path) -> ShardIndex:
-    """Read every byte of the shard set `folder` and return its index.
+def verify(folder: Path, workers: int = 1) -> ShardIndex:
+    """Read every byte of the shard set `folder`, with `workers` processes, and return its index.
 
-    Raises UserError on the first problem, naming the tar and, where one is at fault, the subject: a file that is
-    missing, cut, changed or not in the index; members that are extra, missing, apart, elsewhere or not decodable;
-    arrays that contradict each other or the index; splits with unknown subjects or a patient on two sides.
+    Raises UserError naming every damaged tar (the first 20), a line each, in the order of the set, with the subject
+    where one is at fault: a file that is missing, cut, changed or not in the index; members that are extra, missing,
+    apart, elsewhere or not decodable; arrays that contradict each other or the index. An index or splits that cannot
+    be true is one line of its own, before any tar is opened.
     """
     folder = Path(folder)
-    index = _read(folder, "index.json", read_index)
-    splits = _read(folder, "splits.json", read_splits)
-    _check_listing(folder, index)
-    for shard in index.shards:
-        _check_shard(folder / shard.file, shard, index)
-    patients = {subject: entry.patient for subject, entry in index.subjects().items()}
-    check_splits(splits, patients, str(folder / "splits.json"))
+    index, splits = read_set(folder)
+    if workers < 1:
+        raise UserError(f"workers {workers}: give 1 or more")
+    check_splits(splits, {subject: entry.patient for subject, entry in index.subjects().items()}, str(folder / "splits.json"))
+    _check_summary(folder, index)
+    problems = _tar_problems(folder, index, workers)
+    problems += [f"{folder / name}: not in index.json; remove it or rebuild the set" for name in unlisted_tars(folder, index)]
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        more = [f"... and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
+        raise UserError("\n".join([f"{folder}: {len(problems)} of its tars are wrong:", *problems[:SHOWN_PROBLEMS], *more]))
     return index
 
 
-def _read(folder: Path, name: str, reader) -> ShardIndex:
+def _check_summary(folder: Path, index: ShardIndex) -> None:
+    """fingerprint.json, where there is one, speaks of as many subjects as the index."""
+    path = folder / "fingerprint.json"
     try:
-        return reader(folder)
+        summary = decode_json(read_plain_file(path, JSON_LIMIT_BYTES))
     except FileNotFoundError:
-        raise UserError(f"{folder / name}: no such file; is this a shard set made by `mstkd shards build`?") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise UserError(f"{folder / name}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}; rebuild the set") from None
+        return
     except ValueError as error:
-        raise UserError(f"{folder / name}: not valid JSON ({error}); rebuild the set") from None
+        raise UserError(f"{path}: cannot be read ({error}); rebuild the set") from None
+    counted = summary.get("subjects") if isinstance(summary, dict) else None
+    if counted != len(index.subjects()):
+        raise UserError(f"{path}: is about {counted} subjects, index.json lists {len(index.subjects())}; rebuild the set")
 
 
-def _check_listing(folder: Path, index: ShardIndex) -> None:
-    files = [shard.file for shard in index.shards]
-    subjects = [entry.subject for shard in index.shards for entry in shard.subjects]
-    for what, names in (("tar", files), ("subject", subjects)):
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice:
-            raise UserError(f"{folder / 'index.json'}: lists {what} {twice} twice; rebuild the set")
-    outside = [name for name in files if Path(name).name != name]
-    if outside:
-        raise UserError(f"{folder / 'index.json'}: lists {outside[0]!r}, which is not a plain file name; rebuild the set")
-    if not subjects:
-        raise UserError(f"{folder / 'index.json'}: lists no subject; rebuild the set")
-    if isinstance(index.label_scheme, str) and index.label_scheme not in LABEL_SCHEMES:
-        raise UserError(f"{folder / 'index.json'}: label scheme {index.label_scheme!r} is unknown; known: {', '.join(LABEL_SCHEMES)}")
-    stray = sorted(path.name for path in folder.glob("*.tar") if path.name not in files)
-    if stray:
-        raise UserError(f"{folder / stray[0]}: not in index.json; remove it or rebuild the set")
+def _tar_problems(folder: Path, index: ShardIndex, workers: int) -> list[str]:
+    """What is wrong with the tars, in the order of the set, whichever is read first."""
+    facts = index.model_copy(update={"shards": ()})  # all that a tar's check needs; the rest would be sent with every job
+    jobs = [(folder / shard.file, shard, facts) for shard in index.shards]
+    with subject_progress(f"{index.dataset}: verify", len(index.subjects())) as tally:
+        problems = dict(run_jobs(_tar_problem, jobs, workers, tally))
+    return [problems[shard.file] for shard in index.shards if problems[shard.file]]
 
 
-def _check_shard(tar: Path, shard: ShardEntry, index: ShardIndex) -> None:
+def _tar_problem(tar: Path, shard: ShardEntry, index: ShardIndex, tally: Tally) -> tuple[str, str | None]:
+    """The tar's name and the first thing wrong with it, in one line. `index` may lack its shards."""
+    try:
+        _check_shard(tar, shard, index, tally)
+    except UserError as error:
+        return shard.file, str(error)
+    except OSError as error:
+        return shard.file, f"{tar}: cannot be read ({error.strerror}); copy it again"
+    return shard.file, None
+
+
+def _check_shard(tar: Path, shard: ShardEntry, index: ShardIndex, tally: Tally) -> None:
     if not tar.is_file():
         raise UserError(f"{tar}: no such file in the set; copy the set again")
     size = tar.stat().st_size
@@ -80,34 +94,42 @@ def _check_shard(tar: Path, shard: ShardEntry, index: ShardIndex) -> None:
             _check_content(tar, entry, index)
         except ValueError as error:
             raise UserError(f"{tar}: subject {entry.subject}: {error}; rebuild the set") from None
+        tally(1, sum(size for _, size in entry.members.values()))
 
 
 def _check_members(tar: Path, shard: ShardEntry, index: ShardIndex) -> None:
     """The tar's members are those of the index, in its order (so a subject's are adjacent), at its offsets."""
-    allowed = (IMAGE, BRAIN, LABEL, META, *index.extra_members)
-    expected = {f"{entry.subject}.{name}": entry.members[name] for entry in shard.subjects for name in allowed if name in entry.members}
+    allowed = allowed_members(index)
+    expected = {f"{entry.subject}.{name}": entry.members[name] for entry in shard.subjects for name in entry.members}
     try:
-        with tarfile.open(tar, "r:") as archive:
-            members = archive.getmembers()
-    except tarfile.TarError as error:
-        raise UserError(f"{tar}: not a readable tar ({error}); copy it again") from None
-    names = [member.name for member in members]
+        members = list(walk(tar))
+    except ValueError as error:
+        raise UserError(f"{tar}: not a readable tar of plain files ({error}); copy it again") from None
+    counts = Counter(member.name for member in members)
     for member in members:
-        subject, _, suffix = member.name.partition(".")
-        place = f"{tar}: subject {subject}"
-        if suffix not in allowed or not member.isreg() or not SUBJECT_KEY.fullmatch(subject):
-            raise UserError(f"{place}: member {member.name!r} does not belong in a shard set; rebuild it")
-        if member.name not in expected:
-            raise UserError(f"{place}: member {member.name!r} is not in index.json; rebuild the set")
-        if names.count(member.name) == 1 and expected[member.name] != (member.offset_data, member.size):
-            raise UserError(f"{place}: {suffix} lies at {member.offset_data}, {member.size} bytes; index.json says {expected[member.name]}")
+        _check_member(tar, member, counts, expected, allowed)
     for name in expected:
-        if names.count(name) != 1:
+        if counts[name] != 1:
             subject = name.partition(".")[0]
-            raise UserError(f"{tar}: subject {subject}: member {name!r} is there {names.count(name)} times, not once; copy it again")
-    if names != list(expected):
-        wrong = next(name for name, right in zip(names, expected) if name != right)
+            raise UserError(f"{tar}: subject {subject}: member {name!r} is there {counts[name]} times, not once; copy it again")
+    wrong = next((member.name for member, right in zip(members, expected) if member.name != right), None)
+    if wrong:
         raise UserError(f"{tar}: subject {wrong.partition('.')[0]}: its members are not adjacent and in order; rebuild the set")
+
+
+def _check_member(tar: Path, member: Member, counts: Counter, expected: dict[str, tuple[int, int]], allowed: tuple[str, ...]) -> None:
+    subject = member.name.partition(".")[0]
+    place = f"{tar}: subject {subject}" if SUBJECT_KEY.fullmatch(subject) else str(tar)
+    try:
+        _, suffix = split_name(member.name)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; rebuild it") from None
+    if suffix not in allowed:
+        raise UserError(f"{place}: member {member.name!r} does not belong in a shard set; rebuild it")
+    if member.name not in expected:
+        raise UserError(f"{place}: member {member.name!r} is not in index.json; rebuild the set")
+    if counts[member.name] == 1 and expected[member.name] != (member.offset, member.size):
+        raise UserError(f"{place}: {suffix} lies at {member.offset}, {member.size} bytes; index.json says {expected[member.name]}")
 
 
 def _check_content(tar: Path, entry: SubjectEntry, index: ShardIndex) -> None:
@@ -115,46 +137,63 @@ def _check_content(tar: Path, entry: SubjectEntry, index: ShardIndex) -> None:
     missing = {IMAGE, BRAIN, META} - set(entry.members)
     if missing:
         raise ValueError(f"has no {sorted(missing)[0]}")
-    members = {suffix: read_member(tar, entry, suffix) for suffix in entry.members}
-    meta = _meta(members[META])
+    members = {suffix: read_member(tar, entry, suffix) for suffix in entry.members if suffix != META}
+    meta = _meta(read_payload(tar, *entry.members[META]))
     if (meta.subject, meta.patient, meta.sequences) != (entry.subject, entry.patient, entry.sequences):
         raise ValueError(f"{META} and index.json disagree on subject, patient or sequences")
     image, brain = members[IMAGE], members[BRAIN]
     shape = tuple(stop - start for start, stop in meta.crop_box)
-    if image.dtype != np.float16 or image.shape != (len(index.sequences), *shape):
-        raise ValueError(f"{IMAGE} is {image.dtype} {image.shape}, expected float16 {(len(index.sequences), *shape)}")
-    if brain.dtype != np.uint8 or brain.shape != shape:
-        raise ValueError(f"{BRAIN} is {brain.dtype} {brain.shape}, expected uint8 {shape}")
+    if entry.shape not in (None, shape):
+        raise ValueError(f"index.json has shape {entry.shape}, {META} has a box of {shape}")
+    _check_array(IMAGE, image, np.float16, (len(index.sequences), *shape))
+    _check_array(BRAIN, brain, np.uint8, shape)
     if not np.isfinite(image).all() or image[:, brain == 0].any():
         raise ValueError(f"{IMAGE} is not finite, or not 0 outside the brain")
-    _check_fingerprints(image, entry, index)
+    _check_channels(image, entry, index)
     if LABEL in members:
-        _check_label(members[LABEL], shape, meta, entry, index.scheme)
+        _check_array(LABEL, members[LABEL], np.uint8, shape)
+        _check_label(members[LABEL], meta, entry, index.scheme)
+    if FILE_LABEL in members:
+        _check_array(FILE_LABEL, members[FILE_LABEL], np.uint8, meta.original_shape)
+        _check_values(FILE_LABEL, members[FILE_LABEL], index.scheme)
 
 
-def _meta(values: dict) -> SubjectMeta:
+def _meta(payload: bytes) -> SubjectMeta:
     try:
-        return SubjectMeta.model_validate(values)
+        return decode_meta(payload)
     except ValidationError as error:
         problem = error.errors()[0]
         raise ValueError(f"{META}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    except ValueError as error:
+        raise ValueError(f"{META}: {error}") from None
 
 
-def _check_fingerprints(image: np.ndarray, entry: SubjectEntry, index: ShardIndex) -> None:
+def _check_array(suffix: str, array: np.ndarray, dtype: type, shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{suffix} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
+
+
+def _check_channels(image: np.ndarray, entry: SubjectEntry, index: ShardIndex) -> None:
     for name, volume in zip(index.sequences, image):
         if (name in entry.sequences) != (name in entry.fingerprint) or (name not in entry.sequences and volume.any()):
             raise ValueError(f"sequence {name}: image, fingerprint and list of sequences disagree")
-        if name in entry.sequences:
-            stored, actual = fingerprint.decode(entry.fingerprint[name]), fingerprint.decode(fingerprint.encode(volume))
-            if stored.shape != actual.shape or not np.allclose(stored, actual, rtol=2e-3, atol=1e-3):  # a float16 rounding step
-                raise ValueError(f"sequence {name}: index.json has the fingerprint of another image")
+        if name not in entry.sequences:
+            continue
+        stored, actual = fingerprint.decode(entry.fingerprint[name]), fingerprint.decode(fingerprint.encode(volume))
+        if not np.allclose(stored, actual, rtol=2e-3, atol=1e-3):  # a float16 rounding step
+            raise ValueError(f"sequence {name}: index.json has the fingerprint of another image")
+        bounds = (float(volume.min()), float(volume.max()))
+        if name in entry.ranges and entry.ranges[name] != bounds:
+            raise ValueError(f"sequence {name}: index.json has the range {entry.ranges[name]}, the image {bounds}")
 
 
-def _check_label(label: np.ndarray, shape: tuple[int, ...], meta: SubjectMeta, entry: SubjectEntry, scheme: LabelScheme | None) -> None:
-    if label.dtype != np.uint8 or label.shape != shape:
-        raise ValueError(f"{LABEL} is {label.dtype} {label.shape}, expected uint8 {shape}")
-    if scheme is None or not np.isin(label, scheme.values).all():
-        raise ValueError(f"{LABEL} holds values outside the declared scheme")
+def _check_label(label: np.ndarray, meta: SubjectMeta, entry: SubjectEntry, scheme: LabelScheme | None) -> None:
+    _check_values(LABEL, label, scheme)
     volumes = label_volumes_ml(label, scheme, meta.spacing_mm)
     if volumes.keys() != entry.label_volume_ml.keys() or any(abs(volumes[k] - entry.label_volume_ml[k]) > 1e-6 for k in volumes):
         raise ValueError("index.json has other label volumes than the label map")
+
+
+def _check_values(suffix: str, label: np.ndarray, scheme: LabelScheme | None) -> None:
+    if scheme is None or not np.isin(label, scheme.values).all():
+        raise ValueError(f"{suffix} holds values outside the declared scheme")

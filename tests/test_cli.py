@@ -35,7 +35,7 @@ COMMANDS = commands(get_command(cli.app))
 def test_the_commands_are_those_of_the_design():
     words = {" ".join(path) for path in COMMANDS}
     assert words == {
-        "shards phantom", "shards build", "shards verify", "shards inspect",
+        "shards phantom", "shards prepare", "shards build", "shards merge", "shards index", "shards verify", "shards inspect", "bench data",
         "train", "submit", "status", "logs", "cancel", "evaluate", "predict", "export", "mlflow ui", "mlflow merge", "methods", "doctor",
     }  # fmt: skip
 
@@ -74,6 +74,9 @@ def test_help_names_every_command():
         (("shards", "build", "--spec", "brats2018", "--src", "a"), ("--out", "mstkd shards build --help")),
         (("shards", "phantom", "--out", "x", "--subjects", "0"), ("--subjects", "mstkd shards phantom --help")),
         (("shards", "verify", "absent"), ("absent",)),
+        (("shards", "build", "--spec", "phantom", "--src", "a", "--out", "b", "--part", "3/2"), ("--part 3/2", "I/N")),
+        (("shards", "merge", "absent"), ("absent", "--part 1/N")),
+        (("shards", "index", "absent"), ("absent", "*.tar")),
         (("shards", "inspect", "absent"), ("absent",)),
         (("shards", "build", "--spec", "nope", "--src", "a", "--out", "b"), ("nope",)),
         (("evaluate",), ("RUN", "--pred")),

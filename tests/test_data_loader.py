@@ -1,8 +1,11 @@
 """The training loader on real tars: exact across ranks, workers and resumes; bad samples; what a recipe can get wrong."""
 
+import hashlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,13 @@ import torch
 from tiny_shards import SEQUENCES, SHAPE, TARS, npy, write_set
 
 from mstkd.config import DataConfig, IntensityConfig, TrainConfig
+from mstkd.data.crop import Foreground
 from mstkd.data.intensity import Intensity
 from mstkd.data.loader import TrainLoader
+from mstkd.data.sample import Item, Sample, item_rng
+from mstkd.data.store import ShardStore
 from mstkd.data.training import open_training
+from mstkd.data.workers import WorkerError
 from mstkd.errors import UserError
 
 
@@ -200,3 +207,119 @@ def test_staged_tars_serve_the_same_batches_within_the_limit(shards, reference, 
     staged = list(cache.glob("*.tar"))
     assert staged and sum(path.stat().st_size for path in staged) <= 2 * largest
     assert not list(cache.glob("*.part"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("data", [b"garbage", npy(np.full((4, *SHAPE), np.inf, np.float16))])
+def test_on_bad_sample_stop_names_tar_and_subject(tmp_path, workers, data):
+    folder = write_set(tmp_path / "s", TARS, replace={("b1", "image.npy"): data})
+    with pytest.raises(UserError, match=r"tiny-000001\.tar: subject b1 .*; or data\.on_bad_sample=skip") as error:
+        list(loader_of(data_config(folder, workers=workers, on_bad_sample="stop")))
+    assert "\n" not in str(error.value)
+
+
+class Broken(Intensity):
+    """Fails as no check foresaw, at the third sample."""
+
+    def apply(self, image, brain, meta, sequences):
+        if meta.subject == "c1":
+            raise ZeroDivisionError("by a colleague")
+        return super().apply(image, brain, meta, sequences)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unforeseen_failure_in_a_worker_surfaces_as_what_it_is(shards, workers, caplog):
+    config = data_config(shards, workers=workers)
+    training = open_training(config, 5, False)
+    loader = TrainLoader(training, config, Broken(IntensityConfig()), global_batch=4, micro_batch=1, total_steps=5)
+    with pytest.raises(WorkerError, match=rf"loader.*: ZeroDivisionError: by a colleague \(at subject c1 of {shards}\)") as error:
+        list(loader)
+    assert "\n" not in str(error.value)
+    assert "Traceback" in caplog.text and "in apply" in caplog.text
+
+
+def one_worker_of(steps):
+    others = multiprocessing.active_children()
+    next(steps)
+    return [child for child in multiprocessing.active_children() if child not in others][0]
+
+
+@pytest.mark.parametrize(
+    "number, message",
+    [
+        (signal.SIGKILL, r"was ended by SIGKILL, .* memory runs out: [\d.]+ of [\d.]+ GiB are free now"),
+        (signal.SIGBUS, r"was ended by SIGBUS: no tar in use has changed, so /dev/shm has \d+ of \d+ MiB free"),
+        (signal.SIGSEGV, r"was ended by SIGSEGV; data.workers=0"),
+    ],
+)
+def test_a_worker_that_is_killed_is_said_where_the_batch_is_awaited_and_nowhere_else(shards, number, message):
+    steps = iter(loader_of(data_config(shards, workers=2), total_steps=500))
+    worker = one_worker_of(steps)
+    os.kill(worker.pid, number)
+    worker.join()  # a handler of SIGCHLD would raise here
+    with pytest.raises(WorkerError, match=rf"loader process \d of 2 {message}") as error:
+        list(steps)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tar_cut_while_it_is_mapped_is_named(tmp_path):
+    folder = write_set(tmp_path / "s", [[f"s{i}" for i in range(40)]])
+    steps = iter(loader_of(data_config(folder, workers=1), total_steps=500))
+    next(steps)
+    tar = folder / "tiny-000000.tar"
+    size = tar.stat().st_size
+    os.truncate(tar, 4096)  # whatever lies behind is a bus error in a map, unless it is noticed before
+    with pytest.raises((UserError, WorkerError), match=rf"tiny-000000\.tar.*: (4096 of {size} bytes|.*4096 bytes)") as error:
+        list(steps)
+    assert "\n" not in str(error.value)
+
+
+SMALL_SHARED_MEMORY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_data_loader import data_config, loader_of
+try:
+    list(loader_of(data_config(Path(sys.argv[1]), workers=2, crop=(64, 64, 64))))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_too_little_shared_memory_is_said_instead_of_waiting_for_ever(shards):
+    own = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*own, "mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", "/dev/shm"], capture_output=True).returncode:
+        pytest.skip("no /dev/shm of its own to be had here: unshare and mount are not permitted")
+    script = 'mount -t tmpfs -o size=2m tmpfs /dev/shm && exec "$@"'
+    command = [*own, "sh", "-c", script, "sh", sys.executable, "-c", SMALL_SHARED_MEMORY, str(shards), str(Path(__file__).parent)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "UserError data.workers: 4 MiB of a batch do not fit into shared memory: /dev/shm has 2 of 2 MiB free" in said
+
+
+def test_a_remembered_foreground_changes_no_crop(shards):
+    label = np.zeros((20, 18, 16), np.uint8)
+    label[np.random.default_rng(0).random(label.shape) < 0.01] = 4
+    remembered = Foreground(subjects=2)
+    meta = ShardStore(shards).subject("a0").meta
+    for seed in range(300):
+        sample = Sample(np.zeros((1, *label.shape), np.float16), label, label, meta.model_copy(update={"subject": f"s{seed % 4}"}))
+        expected = np.unravel_index(np.flatnonzero(label)[item_rng(seed, Item(0, 0, "s"), "x").integers(np.count_nonzero(label))], label.shape)
+        assert remembered.draw(sample, item_rng(seed, Item(0, 0, "s"), "x")) == tuple(map(int, expected))
+
+
+# sha256 over all that training sees of 20 micro-batches: a change of any draw, crop or normalisation breaks running runs
+PINNED = "dc656965e13a7fb29a8efff3f98d40354af18f88be27f61ab96c3dd5f9d56fbc"
+
+
+def digest_of(found):
+    digest = hashlib.sha256()
+    for key in sorted(found):
+        batch = found[key]
+        for name in ("image", "brain", "present", "available", "label"):
+            digest.update(getattr(batch, name).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_the_batches_are_pinned(shards):
+    config = data_config(shards, augment={"flip_prob": 0.5})
+    assert digest_of(micro_batches(config, kind="zscore")) == PINNED

@@ -1,10 +1,13 @@
 """The shard store: exact views on the tars, nothing unpickled, one-line errors, and the node-local cache."""
 
+import functools
 import hashlib
 import io
 import json
 import pickle
 import tarfile
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -144,7 +147,7 @@ def test_members_of_other_kinds_are_refused(tmp_path):
     index["shards"][0]["subjects"][0]["members"]["image.pkl"] = (0, 10)
     for extra in ((), ("image.pkl",)):
         (folder / "index.json").write_text(json.dumps({**index, "extra_members": extra}))
-        with pytest.raises(UserError, match="a0 has member image.pkl"):
+        with pytest.raises(UserError, match="image.pkl"):
             ShardStore(folder)
 
 
@@ -170,3 +173,97 @@ def test_a_bad_member_names_tar_and_subject_in_one_line(tmp_path, member, data):
         ShardStore(folder).subject("a0")
     assert "\n" not in str(error.value)
     ShardStore(folder).subject("a1")
+
+
+def alter(tar, offset, data):
+    with tar.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(data)
+
+
+def test_a_tar_that_was_cut_or_replaced_after_the_set_was_opened_stops_the_run(tmp_path):
+    folder = write_set(tmp_path / "s", TARS)
+    store = ShardStore(folder)
+    first, second = folder / "tiny-000000.tar", folder / "tiny-000001.tar"
+    data = first.read_bytes()
+    first.write_bytes(data[:-1024])
+    with pytest.raises(UserError, match=r"tiny-000000\.tar: truncated: \d+ bytes") as error:
+        store.subject("a0")
+    assert not isinstance(error.value, BadSample)  # no other subject takes its place
+    first.write_bytes(second.read_bytes() + b"\0" * (len(data) - second.stat().st_size))
+    with pytest.raises(UserError, match=r"tiny-000000\.tar: altered .*it has 'b0\.image\.npy'.*where index\.json has a0\.image\.npy") as error:
+        store.subject("a2")  # by the tar's first header, which is not a2's
+    assert not isinstance(error.value, BadSample)
+
+
+def test_a_members_header_is_compared_with_the_index(tmp_path):
+    folder = write_set(tmp_path / "s", TARS)
+    offset, _ = ShardStore(folder).subjects["a1"].members["brain.npy"]
+    alter(folder / "tiny-000000.tar", offset - 512, tarfile.TarInfo("a1.other.npy").tobuf(tarfile.USTAR_FORMAT))
+    store = ShardStore(folder)
+    store.subject("a0")
+    with pytest.raises(UserError, match=r"altered .*'a1\.other\.npy', 0 bytes, where index\.json has a1\.brain\.npy"):
+        store.subject("a1")
+    alter(folder / "tiny-000000.tar", offset - 512, b"\xff" * 512)
+    with pytest.raises(UserError, match="altered since the index was made: at byte .*not a tar header"):
+        ShardStore(folder).subject("a1")
+
+
+def test_the_hash_is_checked_on_request_once_per_process(tmp_path):
+    folder = write_set(tmp_path / "s", TARS)
+    offset, size = ShardStore(folder).subjects["a1"].members["image.npy"]
+    sound = ShardStore(folder, verify_sha256=True)
+    sound.subject("a0")
+    alter(folder / "tiny-000000.tar", offset + size - 1, b"\x11")
+    assert ShardStore(folder).subject("a0").meta.subject == "a0"
+    with pytest.raises(UserError, match=r"tiny-000000\.tar: altered .*its sha256 differs from index\.json") as error:
+        ShardStore(folder, verify_sha256=True).subject("a0")
+    assert not isinstance(error.value, BadSample)
+    again = pickle.loads(pickle.dumps(sound))  # mapped anew, but its hash is known to have been right
+    assert again.subject("a0").meta.subject == "a0"
+
+
+def test_an_unlisted_tar_stops_the_run(tmp_path):
+    folder = write_set(tmp_path / "s", TARS)
+    (folder / "tiny-000009.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"tiny-000009\.tar: not in index\.json"):
+        ShardStore(folder)
+
+
+def test_meta_data_of_another_patient_or_shape_are_not_believed(tmp_path):
+    folder = write_set(tmp_path / "s", TARS)
+    values = json.loads((folder / "index.json").read_text())
+    entries = values["shards"][0]["subjects"]
+    entries[0]["patient"], entries[1]["shape"] = "other", [SHAPE[0], SHAPE[2], SHAPE[1]]
+    (folder / "index.json").write_text(json.dumps(values))
+    store = ShardStore(folder)
+    for key, words in (("a0", "disagree"), ("a1", "shapes do not fit")):
+        with pytest.raises(BadSample, match=f"{key} cannot be decoded .*{words}"):
+            store.subject(key)
+    assert store.subject("a2").meta.subject == "a2"
+
+
+def test_a_set_on_a_server_is_read_through_the_cache(tmp_path):
+    folder = write_set(tmp_path / "s", TARS)
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/s"
+        try:
+            with pytest.raises(UserError, match="data.cache_dir: not set, and http://127.*/s lies on a server"):
+                ShardStore(address)
+            store = pickle.loads(pickle.dumps(ShardStore(address, tmp_path / "cache")))
+            np.testing.assert_array_equal(store.subject("b0").image, ShardStore(folder).subject("b0").image)
+            assert store.place == address and [path.name[17:] for path in (tmp_path / "cache").glob("*.tar")] == ["tiny-000001.tar"]
+            with pytest.raises(UserError, match=r"shard set http://.*/cache: index\.json or splits\.json is missing"):
+                ShardStore(address.removesuffix("s") + "cache", tmp_path / "cache")
+            (folder / "index.json").write_text('{"version": 2}')
+            with pytest.raises(UserError, match=r"http://.*/s/index\.json: version"):
+                ShardStore(address, tmp_path / "cache")
+        finally:
+            server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass

@@ -76,7 +76,9 @@ MAY_IMPORT = {
     "mstkd.methods": {
         "mstkd.models", "mstkd.losses", "mstkd.batch", "mstkd.config", "mstkd.errors", "mstkd.shards.spec", "mstkd.data.intensity",
     },
-    "mstkd.data": {"mstkd.batch", "mstkd.config", "mstkd.errors", "mstkd.shards.spec"},
+    "mstkd.data": {
+        "mstkd.batch", "mstkd.config", "mstkd.errors", "mstkd.shards.spec", "mstkd.shards.members", "mstkd.shards.layout", "mstkd.shards.tar_walk",
+    },
     "mstkd.track": {"mstkd.config", "mstkd.errors"},
     "mstkd.shards": {"mstkd.errors", "mstkd.config"},
 }

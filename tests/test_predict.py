@@ -7,15 +7,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from trained_run import make_run, method_and_source
+import yaml
+from safetensors.torch import load_file, save_file
+from trained_run import make_run, method_and_source, write_run
 
+from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
 from mstkd.evaluate.run import evaluate_predictions, evaluate_run
 from mstkd.evaluate.summary import COUNTS
 from mstkd.export import export
-from mstkd.predict import predict_folder
+from mstkd.predict import predict_folder, save_label_map
+from mstkd.shards.build import build
+from mstkd.shards.dataset import SPEC_FOLDER, Volume
+from mstkd.shards.phantom import write_phantom
 from mstkd.shards.spec import read_splits
+from mstkd.shards.verify import verify
 
 SUBJECT = "Phantom_0001"
 
@@ -97,6 +103,95 @@ def test_left_stays_left_in_every_orientation(run, case, tmp_path, codes):
     np.testing.assert_array_equal(voxels(turned), np.asanyarray(expected.dataobj))
     # lopsided, so that a flip would show
     assert not np.array_equal(voxels(plain), voxels(plain)[::-1])
+
+
+@pytest.fixture(scope="module")
+def pointwise_run(run):
+    """The run with networks that look at one voxel at a time, so that what they find does not depend on the spacing."""
+    (weights,) = run.rglob("both.safetensors")
+    copy = shutil.copytree(run, run.with_name("pointwise")) / weights.relative_to(run)
+    values = load_file(copy)
+    for name in [name for name in values if name.endswith("weight")]:
+        centre = torch.zeros_like(values[name])
+        centre[..., 1, 1, 1] = values[name].sum(dim=(2, 3, 4))
+        values[name] = centre
+    save_file(values, copy)
+    return run.with_name("pointwise")
+
+
+def phantom_spec(path, **changes):
+    """The phantom's spec with changes, as a file."""
+    spec = yaml.safe_load((SPEC_FOLDER / "phantom.yaml").read_text())
+    path.write_text(yaml.safe_dump({**spec, "name": "mine", **changes}))
+    return str(path)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
+def test_a_resampled_case_comes_back_on_its_own_grid(pointwise_run, case, tmp_path, codes):
+    """Predicted at another spacing than the file's, whatever its orientation; the same tumour as without resampling."""
+    for name in ("flair", "t1", "t1ce", "t2"):
+        image = nib.load(scan(case, name))
+        turn = nib.orientations.ornt_transform(nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(codes))
+        nib.save(image.as_reoriented(turn), scan(case, name))
+    (plain,) = predict_folder(pointwise_run, case.parent, tmp_path / "plain")
+    own = [float(zoom) for zoom in nib.load(plain).header.get_zooms()]
+    spec = phantom_spec(tmp_path / "mine.yaml", preprocessing={"spacing_mm": [0.6 * min(own), 0.6 * min(own), 0.8 * min(own)]})
+    (written,) = predict_folder(pointwise_run, case.parent, tmp_path / "finer", spec=spec)
+    result, expected = nib.load(written), nib.load(plain)
+    assert result.shape == expected.shape
+    np.testing.assert_array_equal(result.affine, expected.affine)
+    one, other = voxels(written) > 0, voxels(plain) > 0
+    assert other.sum() > 20 and 2 * (one & other).sum() / (one.sum() + other.sum()) > 0.85
+    assert 2 * (one[::-1] & other).sum() / (one.sum() + other.sum()) < 0.7  # a flip would show
+    assert 2 * (one[1:] & other[:-1]).sum() < 2 * (one & other).sum() > 2 * (one[:-1] & other[1:]).sum()  # and so would a shift
+
+
+def test_a_resampled_set_is_scored_on_the_grid_of_its_files(tmp_path):
+    """As predict and evaluate --pred score it; its shards keep the label of the files beside the resampled one."""
+    write_phantom(tmp_path / "nifti", subjects=10, size=32, seed=5)
+    spec = phantom_spec(tmp_path / "mine.yaml", preprocessing={"spacing_mm": [4.0, 4.0, 7.0]})
+    build(spec, tmp_path / "nifti", tmp_path / "shards")
+    verify(tmp_path / "shards")
+    run = write_run(tmp_path, "toy", {"name": "toys.linear"})
+    summary = evaluate_run(run)["subsets"]["flair+t1+t1ce+t2"]
+    for subject in read_splits(tmp_path / "shards").test:
+        shutil.copytree(tmp_path / "nifti" / subject, tmp_path / "input" / subject)
+        label = ShardStore(tmp_path / "shards").file_label(subject)
+        np.testing.assert_array_equal(label, voxels(tmp_path / "nifti" / subject / f"{subject}_seg.nii.gz"))
+    predict_folder(run, tmp_path / "input", tmp_path / "out", spec=spec)
+    scored = evaluate_predictions(tmp_path / "out", tmp_path / "nifti", spec, tmp_path / "scores")["subsets"]["flair+t1+t1ce+t2"]
+    for region, expected in summary.items():
+        for name in (*COUNTS, "dice", "dice_nonempty", "hd95_mm"):
+            assert scored[region][name] == pytest.approx(expected[name], rel=1e-6), (region, name)
+    assert summary["WT"]["dice"] > 0.1
+
+
+def test_channels_of_one_file_and_other_formats_predict_the_same(run, case, tmp_path):
+    names = ("flair", "t1", "t1ce", "t2")
+    (plain,) = predict_folder(run, case.parent, tmp_path / "plain")
+    stack = np.stack([voxels(scan(case, name)) for name in names], -1)
+    affine = nib.load(scan(case, "flair")).affine
+    whole = nib.Nifti1Image(stack, affine)
+    whole.header["descrip"] = b"Jane Doe"
+    (tmp_path / "stacked").mkdir()
+    nib.save(whole, tmp_path / "stacked" / f"{SUBJECT}.nii.gz")
+    spec = phantom_spec(tmp_path / "stacked.yaml", layout="flat", sequences={name: f"{{subject}}.nii.gz#{k}" for k, name in enumerate(names)}, labels="none", label=None, label_scheme=None)
+    (written,) = predict_folder(run, tmp_path / "stacked", tmp_path / "from-stack", spec=spec)
+    np.testing.assert_array_equal(voxels(written), voxels(plain))
+    assert nib.load(written).shape == stack.shape[:3] and nib.load(written).header["descrip"] == b""
+    np.testing.assert_array_equal(nib.load(written).affine, affine)
+
+
+@pytest.mark.parametrize("kind", [nib.AnalyzeImage, nib.Nifti1Pair, nib.Nifti2Image, nib.MGHImage])
+def test_a_label_map_is_nifti_whatever_it_lies_on(tmp_path, kind):
+    labels = np.arange(60, dtype=np.uint8).reshape(3, 4, 5) % 5
+    suffix = {nib.Nifti2Image: ".nii", nib.MGHImage: ".mgz"}.get(kind, ".img")
+    nib.save(kind(np.zeros((3, 4, 5), np.float32), np.diag([-1.0, 2, 3, 1])), tmp_path / f"scan{suffix}")
+    save_label_map(labels, Volume(tmp_path / f"scan{suffix}"), tmp_path / "labels.nii.gz")
+    written = nib.load(tmp_path / "labels.nii.gz")
+    assert written.get_data_dtype() == np.uint8 and isinstance(written, nib.Nifti2Image if kind is nib.Nifti2Image else nib.Nifti1Image)
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), labels)
+    np.testing.assert_allclose(written.affine, nib.load(tmp_path / f"scan{suffix}").affine, atol=1e-5)
 
 
 def test_any_subset_will_do_and_is_said(run, case, tmp_path, capsys):

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import webdataset as wds
 from nifti_trees import SHAPE, head, write_case, write_nifti, write_phantom_like
+from volume_cases import case_of, data_set
 
 from mstkd.errors import UserError
 from mstkd.shards import fingerprint, inspection
 from mstkd.shards.build import build
-from mstkd.shards.dataset import Case, load_spec
-from mstkd.shards.preprocess import preprocess, restore
+from mstkd.shards.dataset import load_spec
+from mstkd.shards.geometry import restore
+from mstkd.shards.preprocess import preprocess
+from mstkd.shards.progress import rate_text
 from mstkd.shards.spec import SubjectMeta, read_index, read_splits
 from mstkd.shards.verify import verify
 
@@ -53,7 +56,7 @@ def test_bytes_do_not_depend_on_workers_or_file_times(src, built, tmp_path):
         os.utime(path, (1, 1))
     build("phantom", src, tmp_path / "two", workers=2, subjects_per_shard=3)
     assert contents(tmp_path / "two") == contents(built)
-    assert list(contents(built)) == ["index.json", "phantom-000000.tar", "phantom-000001.tar", "phantom-000002.tar", "splits.json"]
+    assert list(contents(built)) == ["fingerprint.json", "index.json", "phantom-000000.tar", "phantom-000001.tar", "phantom-000002.tar", "splits.json"]
 
 
 def test_plain_tarfile_reads_members_in_order_and_the_index_says_where(built):
@@ -109,20 +112,48 @@ def test_unlabelled_and_incomplete_subjects(tmp_path):
     assert "label.npy" not in entries["d"].members and entries["d"].label_volume_ml == {}
 
 
+def test_bytes_are_those_of_webdatasets_own_writer(built):
+    for tar in sorted(built.glob("*.tar")):
+        stream = io.BytesIO()
+        with tarfile.open(tar) as archive, wds.TarWriter(stream, user="mstkd", group="mstkd", mtime=0, encoder=False, compress=False) as writer:
+            for member in archive:
+                key, _, suffix = member.name.partition(".")
+                writer.write({"__key__": key, suffix: archive.extractfile(member).read()})
+        assert stream.getvalue() == tar.read_bytes()
+
+
+def test_text_of_the_fingerprint_is_said(src, tmp_path, capfd):
+    build("phantom", src, tmp_path / "set")
+    said = capfd.readouterr().err
+    assert "7 subjects of 7 patients" in said and "at most" in said and "7 of 7 subjects" in said
+
+
+def test_progress_says_rate_and_time_left():
+    assert rate_text(subjects=20, size_bytes=82_000_000, seconds=8, left=1000) == "2.50 subjects/s, 10.2 MB/s, 0:06:40 left"
+    assert rate_text(subjects=0, size_bytes=0, seconds=8, left=10) == ""
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_failed_build_leaves_nothing_and_names_the_file(tmp_path, workers):
     bad = write_phantom_like(tmp_path / "bad", 4)
     write_nifti(bad / "Phantom_0003" / "Phantom_0003_t1.nii.gz", head(0) * 0)
-    with pytest.raises(UserError, match=r"Phantom_0003_t1\.nii\.gz: every brain voxel has the same value"):
-        build("phantom", bad, tmp_path / "set", workers=workers, subjects_per_shard=1)
+    with pytest.raises(UserError, match=r"Phantom_0003_t1\.nii\.gz: every brain voxel has the same value") as error:
+        build("phantom", bad, tmp_path / "set", workers=workers, subjects_per_shard=4)  # one tar, so none is finished
+    assert "--resume" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
 
 
 def test_bad_arguments(src, built, tmp_path):
     with pytest.raises(UserError, match="exists already; use another --out"):
         build("phantom", src, built)
-    with pytest.raises(UserError, match="workers 0"):
-        build("phantom", src, tmp_path / "set", workers=0)
+    for wrong, words in (({"workers": 0}, "workers 0"), ({"part": (3, 2)}, "part 3/2"), ({"subjects_per_shard": 0}, "per shard 0")):
+        with pytest.raises(UserError, match=words):
+            build("phantom", src, tmp_path / "set", **wrong)
+    with pytest.raises(UserError, match="only used with --pseudonymise"):
+        build("phantom", src, tmp_path / "set", salt_file=tmp_path / "salt")
+    write_case(tmp_path / "long" / ("a" * 91), "", {n: f"{'a' * 91}_{n}.nii.gz" for n in ("flair", "t1", "t1ce", "t2")}, 0, f"{'a' * 91}_seg.nii.gz")
+    with pytest.raises(UserError, match="91 characters; a key has at most 80"):
+        build("phantom", tmp_path / "long", tmp_path / "set", splits=tmp_path / "any")
     write_phantom_like(tmp_path / "two", 2)
     with pytest.raises(UserError, match=r"2 patient\(s\): too few .* --splits"):
         build("phantom", tmp_path / "two", tmp_path / "set")
@@ -173,7 +204,7 @@ def correlation(first, second):
 
 def test_fingerprint_sees_through_crop_intensity_map_and_rounding(tmp_path):
     def zscored(data, name):
-        return preprocess(Case("s", "s", {"t1": write_nifti(tmp_path / name, data)}), ("t1",), None).image[0]
+        return preprocess(case_of({"t1": write_nifti(tmp_path / name, data)}), data_set("t1", labels=False)).image[0]
 
     raw = head(3)
     stored = fingerprint.encode(zscored(raw, "a.nii"))
@@ -205,7 +236,7 @@ def test_real_case(tmp_path):
     assert entry.label_volume_ml["ET"] == 0 and entry.label_volume_ml["WT"] == pytest.approx((label > 0).sum() / 1000)
     dataset = load_spec(spec)
     (case,) = dataset.find_cases(REAL_CASE)
-    subject = preprocess(case, tuple(dataset.sequences), dataset.scheme)
+    subject = preprocess(case, dataset)
     np.testing.assert_array_equal(restore(subject.label, subject.meta), label)
     assert min(stats.min for stats in subject.meta.stats.values()) < 0  # negative brain voxels are kept
     wider = np.pad(subject.image[0], ((2, 0), (0, 2), (2, 2)))

@@ -1,13 +1,18 @@
 """Splits: by patient, disjoint, complete, stratified, a function of the data and the seed alone."""
 
 import json
+import pickle
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mstkd.errors import UserError
+from mstkd.shards.dataset import load_spec
+from mstkd.shards.spec import Fold, Splits
 from mstkd.shards.splits import check_splits, default_splits, read_explicit_splits
 
 
@@ -82,7 +87,9 @@ def test_explicit_splits_are_taken_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("train", "val", "test", "message"),
     [
-        (["a1"], ["zz"], [], r"folds\.0\.val names subject 'zz'"),
+        (["a1"], ["zz"], [], r"folds\.0\.val names subject 'zz', which"),
+        (["a1"], ["zz", "b", "yy"], [], r"folds\.0\.val names subjects 'zz', 'yy', which the data set does not have"),
+        (["a1"], [f"z{i}" for i in range(7)], [], r"names subjects 'z0', 'z1', 'z2', 'z3', 'z4', \.\.\. \(7 in all\), which"),
         (["a1"], [], [], r"folds\.0\.val is empty"),
         (["b", "b"], ["c"], [], r"folds\.0\.train names subject 'b' twice"),
         (["a1"], ["a2"], [], r"patient a is in folds\.0\.train and in folds\.0\.val.*--allow-overlap"),
@@ -109,6 +116,129 @@ def test_files_that_are_no_splits(tmp_path):
         path = tmp_path / "splits.json"
         path.write_text('{"folds": [{"tain": ["b"], "train": ["b"], "val": ["c"]}]}')
         read_explicit_splits(path, PATIENTS, allow_overlap=False)
-    with pytest.raises(UserError, match="Invalid JSON"):
-        path.write_text("{")
-        read_explicit_splits(path, PATIENTS, allow_overlap=False)
+    for text, message in [
+        ("{", "Invalid JSON"),
+        ("[" * 100_000, "Invalid JSON"),
+        ("3", "none of the known forms: a splits.json with folds"),
+        ('{"train": ["b"], "val": ["c"]}', "none of the known forms"),
+        ('[{"train": ["b"]}]', r"fold 0\.val: Field required"),
+        ('[{"train": "b", "val": []}]', r"fold 0\.train: Input should be a valid tuple"),
+        ("[]", "no folds"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=message) as error:
+            read_explicit_splits(path, PATIENTS, allow_overlap=False)
+        assert "\n" not in str(error.value)
+    (tmp_path / "splits_final.pkl").write_bytes(pickle.dumps([{"train": ["b"], "val": ["c"]}]))
+    with pytest.raises(UserError, match="a pickle, which is never opened"):
+        read_explicit_splits(tmp_path / "splits_final.pkl", PATIENTS, allow_overlap=False)
+
+
+# splits of other tools
+
+
+@st.composite
+def fold_plans(draw):
+    """(splits, patients): k-fold cross-validation of up to 12 subjects and a test part, every subject a patient."""
+    subjects = [f"BraTS2021_{i:05d}" for i in draw(st.lists(st.integers(0, 99999), min_size=3, max_size=12, unique=True))]
+    count = draw(st.integers(2, min(5, len(subjects) - 1)))
+    in_test = draw(st.integers(0, len(subjects) - count))
+    test, rest = subjects[:in_test], subjects[in_test:]
+    fold_of = {subject: i % count for i, subject in enumerate(rest)}
+    folds = tuple(
+        Fold(train=tuple(s for s in rest if fold_of[s] != k), val=tuple(s for s in rest if fold_of[s] == k)) for k in range(count)
+    )
+    return Splits(folds=folds, test=tuple(test)), {subject: subject for subject in subjects}, fold_of
+
+
+def item(subject, folder, **more):
+    files = [f"{folder}{subject}/{subject}_{name}.nii.gz" for name in ("flair", "t1ce", "t1", "t2")]
+    return {"image": files, "label": f"{folder}{subject}/{subject}_seg.nii.gz", **more}
+
+
+def imported(values, patients, dataset=None, allow_overlap=False):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made_elsewhere.json"
+        path.write_text(json.dumps(values))
+        return read_explicit_splits(path, patients, allow_overlap, dataset)
+
+
+@given(fold_plans(), st.sampled_from(["", "TrainingData/", "./", "/data/brats/TrainingData/"]), st.booleans())
+def test_all_forms_say_the_same(plan, folder, by_spec):
+    splits, patients, fold_of = plan
+    dataset = load_spec("brats2021") if by_spec else None
+    assert imported(splits.model_dump(mode="json"), patients) == splits
+    nnunet = [fold.model_dump(mode="json") for fold in splits.folds]
+    assert imported(nnunet, patients) == splits.model_copy(update={"test": ()})
+    training = [item(subject, folder, fold=fold) for subject, fold in fold_of.items()]
+    datalist = {"name": "BraTS21", "training": training, "testing": [item(subject, folder) for subject in splits.test]}
+    assert imported(datalist, patients, dataset) == splits
+    first = splits.folds[0]
+    pair = {
+        "training": [item(s, folder) for s in first.train],
+        "validation": [item(s, folder) for s in first.val],
+        "test": [f"{folder}{s}/{s}_t1.nii.gz" for s in splits.test],
+    }
+    assert imported(pair, patients, dataset) == Splits(folds=(first,), test=splits.test)
+
+
+def test_datalist_made_on_windows():
+    folder = "D:\\TrainingData\\"
+    windows = [{"image": f"{folder}{s}\\{s}_t1.nii.gz", "fold": i} for i, s in enumerate(("BraTS2021_00001", "BraTS2021_00002"))]
+    for dataset in (load_spec("brats2021"), None):
+        assert imported({"training": windows}, SUBJECTS, dataset).folds[0].val == ("BraTS2021_00001",)
+
+
+def test_datalist_of_4d_files_and_of_folders_without_the_subject_in_the_names(tmp_path):
+    keys = {f"BRATS_{i:03d}": f"BRATS_{i:03d}" for i in range(3)}
+    items = [{"image": f"./imagesTr/{key}.nii.gz", "label": f"./labelsTr/{key}.nii.gz", "fold": i} for i, key in enumerate(keys)]
+    decathlon = {"training": items}
+    for dataset in (load_spec("msd_task01"), None):
+        assert [fold.val for fold in imported(decathlon, keys, dataset).folds] == [(key,) for key in keys]
+    (tmp_path / "own.yaml").write_text(
+        "name: own\ndescription: the folder is the subject\nlayout: folders\nlabels: none\n"
+        "sequences: {t1: anat/t1.nii.gz, t2: anat/t2.nii.gz}\n"
+    )
+    listed = {"training": [{"image": f"d/{key}/anat/t1.nii.gz", "fold": i} for i, key in enumerate(keys)]}
+    assert [fold.val for fold in imported(listed, keys, load_spec(tmp_path / "own.yaml")).folds] == [(key,) for key in keys]
+
+
+SUBJECTS = {"BraTS2021_00001": "p", "BraTS2021_00002": "q", "BraTS2021_00003": "p"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"training": [item("BraTS2021_00001", ""), item("BraTS2021_00002", "")]}, "neither fold numbers under training nor a validation list"),
+        ({"training": [item("BraTS2021_00001", "", fold=0), item("BraTS2021_00002", "")]}, r"training\.1: has no fold number"),
+        ({"training": [item("BraTS2021_00001", "", fold="0")]}, r"training\.0: has no fold number"),
+        ({"training": [item("BraTS2021_00001", "", fold=0)], "validation": [item("BraTS2021_00002", "")]}, "both fold numbers and a validation list"),
+        ({"training": {"image": "x.nii.gz"}}, "training: expected a list"),
+        ({"training": [{"image": "x/y_flair.nii.gz", "fold": 0}]}, r"training\.0 \(x/y_flair\.nii\.gz\): no subject of the data set has such a file"),
+        ({"training": [{"age": 3, "fold": 0}]}, r"training\.0 \(no file path\)"),
+        ({"training": [{"image": f"{i}.nii.gz", "fold": 0} for i in range(9)]}, r"training\.4 \(4\.nii\.gz\), \.\.\. \(9 in all\)"),
+        (
+            {"training": [{"image": item("BraTS2021_00001", "")["image"], "label": item("BraTS2021_00002", "")["label"], "fold": 0}]},
+            r"training\.0: its files fit the subjects BraTS2021_00001 and BraTS2021_00002",
+        ),
+        (
+            {"training": [item("BraTS2021_00001", "", fold=0), item("BraTS2021_00001", "", fold=0), item("BraTS2021_00002", "", fold=1)]},
+            "names subject 'BraTS2021_00001' twice",
+        ),
+        (
+            {"training": [item("BraTS2021_00001", "", fold=0), item("BraTS2021_00002", "", fold=1)], "testing": [item("BraTS2021_00003", "")]},
+            r"patient p is in folds\.0\.val and in test; move one, or state --allow-overlap",
+        ),
+        ([{"train": ["BraTS2021_00001"], "val": ["BraTS2021_00003"]}], r"patient p is in folds\.0\.train and in folds\.0\.val"),
+        ([{"train": ["BraTS2021_00001"], "val": ["BraTS2021_99999"]}], r"folds\.0\.val names subject 'BraTS2021_99999', which"),
+    ],
+)
+def test_imported_splits_errors(values, message):
+    with pytest.raises(UserError, match=message) as error:
+        imported(values, SUBJECTS, load_spec("brats2021"))
+    assert "\n" not in str(error.value) and "made_elsewhere.json" in str(error.value)
+
+
+def test_imported_overlap_needs_a_statement():
+    splits = imported([{"train": ["BraTS2021_00001"], "val": ["BraTS2021_00003"]}], SUBJECTS, allow_overlap=True)
+    assert splits.allow_overlap and splits.folds[0].val == ("BraTS2021_00003",)

@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 
+from mstkd.shards import fingerprint
 from mstkd.shards.spec import FORMAT_VERSION
 
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
@@ -30,14 +31,24 @@ def members_of(key, present=SEQUENCES, labelled=True, shape=SHAPE):
         "subject": key, "patient": key, "sequences": present, "stats": {s: stats for s in present}, "spacing_mm": (1, 1, 1),
         "original_shape": shape, "original_affine": np.eye(4).tolist(), "orientation": "RAS", "crop_box": [(0, n) for n in shape],
     }  # fmt: skip
-    members = {"image.npy": npy(image), "brain.npy": npy(brain.astype(np.uint8)), "meta.json": json.dumps(meta).encode()}
+    members = {"image.npy": npy(image), "brain.npy": npy(brain.astype(np.uint8))}
     if labelled:
         members["label.npy"] = npy((draws.random(shape) < 0.1).astype(np.uint8) * 2)
-    return members
+    return {**members, "meta.json": json.dumps(meta).encode()}
 
 
-def write_set(folder, tars, test=(), present=None, unlabelled=(), replace=None, **index_fields):
-    """A shard set of tars = [[subject, ...], ...]; `replace` maps (subject, member) to other bytes."""
+def content_of(members, present):
+    """What the index says of the content of sound members."""
+    image = np.load(io.BytesIO(members["image.npy"]))
+    facts = {"fingerprint": {name: fingerprint.encode(volume) for name, volume in zip(SEQUENCES, image) if name in present}}
+    if "label.npy" in members:  # all that is labelled is oedema, voxels of 1 mm
+        facts["label_volume_ml"] = {"WT": int((np.load(io.BytesIO(members["label.npy"])) > 0).sum()) / 1000, "TC": 0.0, "ET": 0.0}
+    return facts
+
+
+def write_set(folder, tars, test=(), val=(), present=None, unlabelled=(), replace=None, **index_fields):
+    """A shard set of tars = [[subject, ...], ...]; `replace` maps (subject, member) to other bytes. Without them, with `val`
+    subjects and everyone labelled, `mstkd shards verify` passes it."""
     folder.mkdir()
     entries = []
     for number, subjects in enumerate(tars):
@@ -56,10 +67,11 @@ def write_set(folder, tars, test=(), present=None, unlabelled=(), replace=None, 
                 found[key][member] = (info.offset_data, info.size)
         entries.append({
             "file": path.name, "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "subjects": [{"subject": k, "patient": k, "sequences": (present or {}).get(k, SEQUENCES), "members": m, "fingerprint": {}} for k, m in found.items()],
+            "subjects": [{"subject": k, "patient": k, "sequences": (present or {}).get(k, SEQUENCES), "members": m,
+                          **content_of(members_of(k, (present or {}).get(k, SEQUENCES), k not in unlabelled), (present or {}).get(k, SEQUENCES))} for k, m in found.items()],
         })  # fmt: skip
     index = {"version": FORMAT_VERSION, "dataset": "tiny", "spec_sha256": "0", "sequences": SEQUENCES, "label_scheme": "brats2018", "shards": entries}
     (folder / "index.json").write_text(json.dumps({**index, **index_fields}))
-    train = [key for tar in tars for key in tar if key not in test]
-    (folder / "splits.json").write_text(json.dumps({"folds": [{"train": train, "val": []}], "test": list(test)}))
+    train = [key for tar in tars for key in tar if key not in (*test, *val)]
+    (folder / "splits.json").write_text(json.dumps({"folds": [{"train": train, "val": list(val)}], "test": list(test)}))
     return folder

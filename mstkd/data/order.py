@@ -26,13 +26,16 @@ class Order:
         if not self.items_per_epoch:
             raise UserError("data.shards: no training subject is left; see splits.json of the shard set and data.fold")
         self._seed, self._window = seed, window
-        self._latest: tuple[int, list[Item]] = (-1, [])  # positions are read in ascending order: one epoch is enough
+        self._epochs: dict[int, list[Item]] = {}  # the two newest: one who looks ahead may be in the next epoch already
 
     def epoch(self, epoch: int) -> list[Item]:
         """The items of one epoch, in order."""
-        if self._latest[0] != epoch:
-            self._latest = (epoch, self._permutation(epoch))
-        return self._latest[1]
+        items = self._epochs.get(epoch)
+        if items is None:
+            items = self._permutation(epoch)
+            # a new dict: another thread may be reading the old one
+            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: items}
+        return items
 
     def item(self, position: int) -> Item:
         """The item at a position of the endless stream."""

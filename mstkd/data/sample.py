@@ -14,12 +14,13 @@ from mstkd.shards.spec import SubjectMeta
 
 @dataclass(frozen=True)
 class Item:
-    """One position's content: a subject of a shard set, its `repeat`-th appearance in `epoch`."""
+    """One position's content: a subject of a shard set, or in 2D a slice of one, its `repeat`-th appearance in `epoch`."""
 
     epoch: int
     source: int  # index into data.shards
     subject: str
     repeat: int = 0
+    slice_index: int | None = None  # k of [..., k]; None: the volume
 
 
 @dataclass
@@ -40,4 +41,5 @@ def rng(*key: int | str) -> np.random.Generator:
 
 def item_rng(seed: int, item: Item, purpose: str) -> np.random.Generator:
     """The generator of one kind of draw for one item."""
-    return rng(seed, item.epoch, item.source, item.subject, item.repeat, purpose)
+    place = () if item.slice_index is None else (item.slice_index,)  # volumes keep the key they had before there were slices
+    return rng(seed, item.epoch, item.source, item.subject, item.repeat, purpose, *place)

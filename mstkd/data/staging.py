@@ -1,7 +1,8 @@
-"""A node-local cache of whole tars, for shard sets on remote or slow disks."""
+"""A node-local cache of whole tars, for shard sets on servers or slow disks."""
 
+import errno
 import fcntl
-import hashlib
+import logging
 import os
 import shutil
 import time
@@ -10,15 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from mstkd.data.remote import LocalFolder, Receiver, RemoteFolder
 from mstkd.errors import UserError
 from mstkd.shards.spec import ShardEntry
+
+log = logging.getLogger(__name__)
+
+SHARED, EXCLUSIVE = fcntl.LOCK_SH, fcntl.LOCK_EX
 
 
 class StagingCache:
     """Tars copied into `folder`, at most `limit_gib` of them; the least recently opened leaves first.
 
-    Shared by all processes of a node: each tar is copied once, under a lock. Names start with the tar's sha256, so
-    sets may share a cache.
+    Shared by all processes of a node: each tar is copied once. Names start with the tar's sha256, so sets may share a
+    cache. A copy is a `.part`, of full size and locked by its writer, until its hash is right; opened copies are locked
+    as shared, so that those in use are evicted last. One that is evicted while mapped stays readable, and its disk
+    space returns when the map is closed. The system releases the locks of a process that dies.
     """
 
     def __init__(self, folder: Path, limit_gib: float):
@@ -28,56 +36,133 @@ class StagingCache:
         except OSError as error:
             raise UserError(f"data.cache_dir {folder}: cannot be created ({error.strerror}); name a folder on a local disk") from None
 
-    def open(self, tar: Path, entry: ShardEntry) -> BinaryIO:
-        """`tar`'s staged copy, opened for reading; it stays readable when the copy is evicted. Raises UserError."""
+    def open(self, source: Path | LocalFolder | RemoteFolder, entry: ShardEntry) -> BinaryIO:
+        """The staged copy of the tar `entry` of the folder `source`, opened for reading. Raises UserError."""
+        folder = LocalFolder(source.parent) if isinstance(source, Path) else source
         staged = self._folder / f"{entry.sha256[:16]}-{entry.file}"
-        try:
-            return _open_marked(staged)
-        except FileNotFoundError:
-            pass
-        with self._locked():
-            if not staged.exists():  # another process may have copied it while this one waited
-                self._make_room(entry)
-                self._copy(tar, entry, staged)
-            return _open_marked(staged)
+        while True:
+            try:
+                return _marked(open(staged, "rb"))
+            except FileNotFoundError:
+                pass
+            with self._locked():
+                part, ours = self._claim(staged, entry)
+            if ours:
+                return self._fill(part, folder, entry, staged)
+            with part:
+                fcntl.flock(part, SHARED)  # until its writer is done, or dead
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with open(self._folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it if the process dies
+        try:
+            lock = open(self._folder / "lock", "a")
+        except OSError as error:
+            raise UserError(f"data.cache_dir {self._folder}: cannot be written to ({error.strerror}); name a folder of your own") from None
+        with lock:
+            fcntl.flock(lock, EXCLUSIVE)
             yield
 
-    def _make_room(self, entry: ShardEntry) -> None:
+    def _claim(self, staged: Path, entry: ShardEntry) -> tuple[BinaryIO, bool]:
+        """(the part to be filled, True), or (another writer's part, False), whose end is to be waited for."""
         if entry.bytes > self._limit_bytes:
             raise UserError(f"data.cache_gib {self._limit_gib}: smaller than {entry.file} ({entry.bytes / 2**30:.2f} GiB); raise it")
-        for part in self._folder.glob("*.part"):  # left by a process that died while copying
-            part.unlink()
-        staged = sorted(((path.stat(), path) for path in self._folder.glob("*.tar")), key=lambda pair: pair[0].st_mtime_ns)
-        total = sum(stat.st_size for stat, _ in staged)
-        for stat, path in staged:
-            if total + entry.bytes <= self._limit_bytes:
-                return
-            path.unlink()
-            total -= stat.st_size
-
-    @staticmethod
-    def _copy(tar: Path, entry: ShardEntry, staged: Path) -> None:
-        part = staged.with_suffix(".part")
+        path = staged.with_suffix(".part")
+        if staged.exists():  # finished while we waited for the lock
+            return open(staged, "rb"), False
+        busy = dict(_parts_in_work(self._folder))
+        blocking = busy.get(path) or self._make_room(entry, list(busy.values()))
+        for part in busy.values():
+            if part is not blocking:
+                part.close()
+        if blocking:
+            return blocking, False
+        part = open(path, "x+b")
+        fcntl.flock(part, EXCLUSIVE)
         try:
-            shutil.copyfile(tar, part)
+            os.posix_fallocate(part.fileno(), 0, entry.bytes)  # a disk that cannot hold it says so now
         except OSError as error:
-            part.unlink(missing_ok=True)
-            raise UserError(f"{tar}: cannot be staged into data.cache_dir {staged.parent} ({error.strerror})") from None
-        with open(part, "rb") as copy:
-            digest = hashlib.file_digest(copy, "sha256").hexdigest()
-        if digest != entry.sha256:
-            part.unlink()
-            raise UserError(f"{tar}: its sha256 differs from index.json; run `mstkd shards verify {tar.parent}`")
-        os.replace(part, staged)
+            part.close()
+            path.unlink()
+            raise UserError(self._no_space(entry, error)) from None
+        return part, True
+
+    def _make_room(self, entry: ShardEntry, busy: list[BinaryIO]) -> BinaryIO | None:
+        """Evict until `entry` fits; a writer's part if its end must be waited for."""
+        writing = sum(os.fstat(part.fileno()).st_size for part in busy)
+        if busy and writing + entry.bytes > self._limit_bytes:
+            return busy[0]
+        staged = sorted(((path.stat(), path) for path in self._folder.glob("*.tar")), key=lambda pair: pair[0].st_mtime_ns)
+        excess = writing + sum(stat.st_size for stat, _ in staged) + entry.bytes - self._limit_bytes
+        for in_use in (False, True):
+            for stat, path in staged:
+                if excess > 0 and path.exists() and (in_use or _idle(path)):
+                    path.unlink()
+                    excess -= stat.st_size
+        return None
+
+    def _fill(self, part: BinaryIO, folder: LocalFolder | RemoteFolder, entry: ShardEntry, staged: Path) -> BinaryIO:
+        name = Path(part.name)
+        try:
+            receiver = Receiver(part, entry.bytes)
+            folder.download(entry.file, receiver)
+            if receiver.received_bytes < entry.bytes or receiver.sha256 != entry.sha256:
+                raise UserError(
+                    f"{folder}/{entry.file}: its sha256 differs from index.json; run `mstkd shards verify` on the set and copy it again"
+                )
+            part.flush()
+            os.fsync(part.fileno())  # after a power cut a file of the right size may otherwise be empty
+            os.replace(name, staged)
+        except BaseException:
+            name.unlink(missing_ok=True)
+            part.close()
+            raise
+        part.seek(0)
+        return _marked(part)
+
+    def _no_space(self, entry: ShardEntry, error: OSError) -> str:
+        if error.errno != errno.ENOSPC:
+            return f"data.cache_dir {self._folder}: cannot be written to ({error.strerror})"
+        free_gib = shutil.disk_usage(self._folder).free / 2**30
+        return (
+            f"data.cache_dir {self._folder}: disk full: {entry.file} needs {entry.bytes / 2**30:.3g} GiB, {free_gib:.3g} GiB are free; "
+            f"make room or lower data.cache_gib ({self._limit_gib:g})"
+        )
 
 
-def _open_marked(staged: Path) -> BinaryIO:
-    file = open(staged, "rb")
+def _parts_in_work(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """The parts that live processes are writing; those of dead ones are removed."""
+    for path in sorted(folder.glob("*.part")):
+        try:
+            part = open(path, "rb")
+        except FileNotFoundError:  # finished just now
+            continue
+        try:
+            fcntl.flock(part, EXCLUSIVE | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield path, part
+        else:
+            _remove_unless_finished(path, part)
+
+
+def _remove_unless_finished(path: Path, part: BinaryIO) -> None:
+    with part:
+        if path.exists() and os.fstat(part.fileno()).st_ino == path.stat().st_ino:
+            path.unlink()
+
+
+def _idle(path: Path) -> bool:
+    """Whether no process has this copy open."""
+    with open(path, "rb") as copy:
+        try:
+            fcntl.flock(copy, EXCLUSIVE | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _marked(file: BinaryIO) -> BinaryIO:
+    """`file` locked as in use and stamped with the time of its use, which eviction sorts by."""
+    fcntl.flock(file, SHARED)
     now = time.time_ns()  # finer than the kernel's own stamp
-    os.utime(file.fileno(), ns=(now, now))  # the time of last use, which eviction sorts by
+    os.utime(file.fileno(), ns=(now, now))
     return file

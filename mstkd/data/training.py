@@ -34,7 +34,7 @@ class TrainingSet:
 
 def open_stores(config: DataConfig) -> list[ShardStore]:
     """The shard sets of a recipe. Raises UserError if they differ in sequences or label scheme."""
-    stores = [ShardStore(shards.path, config.cache_dir, config.cache_gib) for shards in config.shards]
+    stores = [ShardStore(shards.path, config.cache_dir, config.cache_gib, config.verify_sha256) for shards in config.shards]
     first = stores[0]
     for store in stores[1:]:
         for fact in ("sequences", "label_scheme"):

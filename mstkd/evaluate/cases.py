@@ -17,6 +17,7 @@ from mstkd.evaluate.metrics import Reference, dice, region_masks
 from mstkd.evaluate.scenarios import Subset, subset_name
 from mstkd.evaluate.scoring import Score, score
 from mstkd.evaluate.source import CaseSource
+from mstkd.shards.geometry import restore_scores
 from mstkd.shards.spec import LabelScheme, SubjectMeta
 
 log = logging.getLogger(__name__)
@@ -113,15 +114,30 @@ def _check_regions(scheme: LabelScheme, source: CaseSource) -> None:
 
 def _score_case(predictor, networks, source, key, subsets, scheme, options) -> list[Row]:
     sample = source.subject(key)
-    truth = references(labelled(source, key), source.label_scheme, sample.meta.spacing_mm, diagonal_mm(sample.meta))
-    volume = predictor.volume(sample.image, sample.brain, sample.meta)
+    meta, label, spacing_mm = sample.meta, labelled(source, key), sample.meta.spacing_mm
+    resampled = meta.grid_shape is not None and options is not None  # Dice alone, to choose a model by: the stored grid will do
+    if resampled:
+        label, spacing_mm = _file_label(source, key), tuple(voxel_sizes(np.asarray(meta.original_affine)))
+    truth = references(label, source.label_scheme, spacing_mm, diagonal_mm(meta))
+    volume = predictor.volume(sample.image, sample.brain, meta)
     rows = []
     for network in networks:
         for subset in _possible(subsets, volume.present):
-            scores = score_labels(truth, predictor.labels(network, volume, subset), scheme, options)
+            if resampled:
+                labels = restore_scores(predictor.logits(network, volume, subset), meta, predictor.decide)
+            else:
+                labels = predictor.labels(network, volume, subset)
+            scores = score_labels(truth, labels, scheme, options)
             name = subset_name(predictor.sequences, subset)
             rows += [Row(network, key, name, region, scores[region]) for region in scheme.regions]
     return rows
+
+
+def _file_label(source: CaseSource, key: str) -> NDArray[np.uint8]:
+    label = source.file_label(key)
+    if label is None:
+        raise UserError(f"subject {key} was resampled and its set lacks the label on the file's own grid; score files with `mstkd evaluate --pred`")
+    return label
 
 
 def _possible(subsets: Sequence[Subset], present: Subset) -> list[Subset]:

@@ -35,10 +35,10 @@ def evaluation_mode(method: Method) -> Iterator[None]:
             module.training = mode
 
 
-def predict_labels(
+def predict_logits(
     method: Method, network: str, image: Tensor, available: Tensor, window: Sequence[int], inference: InferenceConfig
-) -> NDArray[np.uint8]:
-    """Label map (X, Y, Z) of `network` for image (1, M, X, Y, Z), hidden sequences filled, and available (1, M) bool.
+) -> Tensor:
+    """Logits (1, K, X, Y, Z) of `network` for image (1, M, X, Y, Z), hidden sequences filled, and available (1, M) bool.
 
     Logits of windows are blended with Gaussian weights. Each axis of the image must be at least as long as the
     window's. Nothing is masked: a label outside the brain stays.
@@ -50,8 +50,7 @@ def predict_labels(
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using a non-tuple sequence")  # MONAI's, about its own indexing
-        blended = sliding_window_inference(image, tuple(window), inference.batch, logits, overlap=inference.overlap, mode="gaussian")
-    return method.to_labels(blended)[0].to("cpu", torch.uint8).numpy()
+        return sliding_window_inference(image, tuple(window), inference.batch, logits, overlap=inference.overlap, mode="gaussian")
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,21 @@ class Predictor:
 
     def labels(self, network: str, volume: Volume, subset: Subset) -> NDArray[np.uint8]:
         """Label map (X, Y, Z) that `network` gives when only `subset` is visible; call it in `evaluation_mode`."""
+        return self._decide(self._logits(network, volume, subset))
+
+    def logits(self, network: str, volume: Volume, subset: Subset) -> NDArray[np.float32]:
+        """What `labels` decides on: (K, X, Y, Z)."""
+        return self._logits(network, volume, subset)[0].cpu().numpy()
+
+    def decide(self, logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Label map (X, Y, Z) of logits (K, X, Y, Z), which may have been resampled."""
+        return self._decide(torch.from_numpy(logits)[None])
+
+    def _logits(self, network: str, volume: Volume, subset: Subset) -> Tensor:
         available = torch.tensor([subset], device=self.device)
         # where, not multiplication: NaN in a hidden voxel must not reach the network
         visible = torch.where(available[:, :, None, None, None], volume.image, self.intensity.hidden_value)
-        labels = predict_labels(self.method, network, visible, available, self.window, self.inference)
-        return labels[volume.inner]
+        return predict_logits(self.method, network, visible, available, self.window, self.inference)[..., *volume.inner]
+
+    def _decide(self, logits: Tensor) -> NDArray[np.uint8]:
+        return self.method.to_labels(logits)[0].to("cpu", torch.uint8).numpy()

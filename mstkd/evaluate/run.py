@@ -19,15 +19,16 @@ from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row, references, score_labels, score_subjects, whole_brain_baseline
 from mstkd.evaluate.metrics import bounding_box
-from mstkd.evaluate.overlap import overlap_with_training, refuse
+from mstkd.evaluate.overlap import refuse, training_overlap
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_figures, write_report
 from mstkd.evaluate.scenarios import all_subsets
 from mstkd.evaluate.scoring import conventions
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
 from mstkd.evaluate.weights import TrainedRun, open_run
-from mstkd.shards.dataset import DatasetSpec, load_spec
-from mstkd.shards.preprocess import AFFINE_TOLERANCE_MM, read_volume
+from mstkd.shards.dataset import DatasetSpec, Volume, load_spec
+from mstkd.shards.labels import read_labels
+from mstkd.shards.nifti import AFFINE_TOLERANCE_MM, read_volume
 from mstkd.shards.spec import LabelScheme
 from mstkd.track import open_evaluation
 
@@ -92,7 +93,7 @@ def evaluate_predictions(
     `out` and returns the summary. Raises UserError: nothing to score, no truth for a prediction, another grid,
     label values outside the spec's scheme.
     """
-    options, spec = options or EvaluateConfig(), load_spec(spec_name)
+    options, spec = options or EvaluateConfig(), load_spec(spec_name, Path(ref_dir))
     if spec.scheme is None:
         raise UserError(f"spec {spec_name}: declares no label scheme; there is nothing to score")
     predictions = _label_maps(Path(pred_dir))
@@ -105,7 +106,7 @@ def evaluate_predictions(
     for subject, path in predictions.items():
         if subject not in truths:
             raise UserError(f"{path}: no truth for subject {subject} in {ref_dir}")
-        for region, score in _score_files(path, truths[subject], spec.scheme, options).items():
+        for region, score in _score_files(path, truths[subject], spec, options).items():
             rows.append(Row("predictions", subject, subsets.get(subject, "given"), region, score))
     notes = conventions(options) | {"cases": f"{len(predictions)} predictions scored; {len(truths)} subjects have a truth"}
     summary = summarise(rows, list(spec.sequences), None, "given", None, notes)
@@ -132,16 +133,18 @@ def _label_maps(folder: Path) -> dict[str, Path]:
     return {path.name.removesuffix(".nii.gz"): path for path in sorted(folder.glob("*.nii.gz"))}
 
 
-def _truths(ref_dir: Path, spec: DatasetSpec, subjects: Iterable[str]) -> dict[str, Path]:
-    """Subject -> its true label map: <subject>.nii.gz if such files are there, else as the spec says."""
+def _truths(ref_dir: Path, spec: DatasetSpec, subjects: Iterable[str]) -> dict[str, Path | Volume]:
+    """Subject -> its true label map: <subject>.nii.gz in the scheme's values if such files are there, else as the spec says."""
     maps = _label_maps(ref_dir)
     if any(subject in maps for subject in subjects):
         return maps
-    return {case.subject: case.label.path for case in spec.find_cases(ref_dir, require_complete=False) if case.label}
+    return {case.subject: case.label for case in spec.find_cases(ref_dir, require_complete=False) if case.label}
 
 
-def _score_files(prediction: Path, truth: Path, scheme: LabelScheme, options: EvaluateConfig) -> dict[str, Any]:
-    (predicted, own_affine), (true, affine) = _read_labels(prediction, scheme), _read_labels(truth, scheme)
+def _score_files(prediction: Path, truth: Path | Volume, spec: DatasetSpec, options: EvaluateConfig) -> dict[str, Any]:
+    scheme = spec.scheme
+    predicted, own_affine = _read_labels(prediction, scheme)
+    true, affine = read_labels(truth, spec) if isinstance(truth, Volume) else _read_labels(truth, scheme)
     if predicted.shape != true.shape or not np.allclose(own_affine, affine, rtol=0, atol=AFFINE_TOLERANCE_MM):
         raise UserError(f"{prediction}: its grid (shape or affine) differs from that of {truth}; predict on the original grid")
     spacing_mm = tuple(nib.affines.voxel_sizes(affine).tolist())
@@ -168,12 +171,13 @@ def _check_data(run: TrainedRun, source: CaseSource, split: str, subjects: Seque
 
 
 def _overlap_note(run: TrainedRun, source: CaseSource, split: str, allowed: bool) -> dict[str, str]:
-    found = overlap_with_training(run.source.stores, run.config.data.fold, source.stores, split)
+    found = training_overlap(run.source.stores, run.config.data.fold, source.stores, split)
     if not (allowed or run.config.data.allow_overlap):
-        refuse(found, split, "--allow-overlap")
-    if not found:
+        refuse(found.unstated, split, "--allow-overlap")
+    if not found.pairs:
         return {}
-    return {"overlap": f"ALLOWED OVERLAP: {len({other for _, other, _ in found})} of these cases were seen in training; the figures are optimistic"}
+    seen = {other for _, other, _ in found.pairs}
+    return {"overlap": f"ALLOWED OVERLAP: {len(seen)} of these cases were seen in training; the figures are optimistic"}
 
 
 def _networks(run: TrainedRun) -> list[str]:
@@ -186,10 +190,10 @@ def _networks(run: TrainedRun) -> list[str]:
 
 def _folder(run: TrainedRun, source: CaseSource, split: str) -> Path:
     """evaluation/ for the run's own test split, evaluation/<data>-<split>/ for anything else."""
-    own = [store.folder.resolve() for store in run.source.stores]
-    here = [store.folder.resolve() for store in source.stores]
+    own, here = ([store.place for store in stores] for stores in (run.source.stores, source.stores))
     folder = run.folder / "evaluation"
-    return folder if own == here and split == "test" else folder / f"{'+'.join(path.name for path in here)}-{split}"
+    name = "+".join(place.rpartition("/")[2] for place in here)
+    return folder if own == here and split == "test" else folder / f"{name}-{split}"
 
 
 def _write_scores(folder: Path, rows: Sequence[Row], summaries: dict[str, dict[str, Any]]) -> None:

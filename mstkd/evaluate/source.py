@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mstkd.data.sample import Sample
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
@@ -39,6 +42,10 @@ class CaseSource:
     def subject(self, key: str) -> Sample:
         """One stored case."""
         return self._store_of[key].subject(key)
+
+    def file_label(self, key: str) -> NDArray[np.uint8] | None:
+        """Of a case that was resampled: its label on the grid and in the axes of its file."""
+        return self._store_of[key].file_label(key)
 
     def subjects(self, split: str, fold: int = 0) -> list[str]:
         """Keys of a split: "test", "val" or "train" of the fold, or "all". Raises UserError if there is no such split."""

@@ -1,0 +1,62 @@
+"""Where the brain is: a given mask, or the union of what is not background."""
+
+from functools import reduce
+from typing import Literal
+
+import numpy as np
+from scipy.ndimage import label as connected
+
+from mstkd.errors import UserError
+from mstkd.shards.dataset import Volume
+from mstkd.shards.geometry import bounding_box
+
+BORDER_SHARE = 0.5  # of the voxels on the six faces that one value must fill to be the background
+
+
+def background_value(data: np.ndarray, background: Literal["zero", "border"], volume: Volume) -> float:
+    """The value of what is not brain in `data` (3 axes).
+
+    `zero`: exactly 0, as in skull-stripped data. `border`: the value that fills the volume's six faces. Never
+    "below 0": brain voxels may be negative. Raises UserError where no value fills half of the faces.
+    """
+    if background == "zero":
+        return 0.0
+    faces = [np.take(data, [0, -1], axis=axis).ravel() for axis in range(3)]
+    values, counts = np.unique(np.concatenate(faces), return_counts=True)
+    if counts.max() < BORDER_SHARE * counts.sum():
+        share = f"{values[counts.argmax()]:g} fills {100 * counts.max() / counts.sum():.0f} %"
+        raise UserError(f"{volume}: no one value fills its border ({share}); skull-strip it, or give brain_mask in the spec")
+    return float(values[counts.argmax()])
+
+
+def brain_mask(foregrounds: list[np.ndarray]) -> np.ndarray:
+    """(X, Y, Z) bool: the union of the foregrounds (X, Y, Z), holes filled."""
+    return fill_holes(reduce(np.logical_or, foregrounds))
+
+
+def fill_holes(mask: np.ndarray) -> np.ndarray:
+    """`mask` (X, Y, Z) with every 6-connected hole that does not reach a face filled.
+
+    The same as SciPy's binary_fill_holes, by components: a fraction of its time.
+    """
+    if not mask.any():
+        return mask.copy()
+    box = tuple(slice(start, stop) for start, stop in bounding_box(mask))  # holes lie in it, and what reaches its faces gets out
+    parts, count = connected(~mask[box])
+    outside = np.zeros(count + 1, bool)
+    for axis in range(3):
+        outside[np.unique(np.take(parts, [0, -1], axis=axis))] = True
+    filled = mask.copy()
+    filled[box] |= ~outside[parts]
+    return filled
+
+
+def checked_mask(data: np.ndarray, volume: Volume) -> np.ndarray:
+    """A given brain mask (X, Y, Z) as bool. Raises UserError: more than 0 and one positive value, or empty."""
+    values = np.unique(data)
+    if values[-1] <= 0 and len(values) == 1:
+        raise UserError(f"{volume}: the brain mask is empty; make it again, or leave this subject out")
+    if len(values) > 2 or values[-1] <= 0 or (len(values) == 2 and values[0] != 0):
+        shown = ", ".join(f"{value:g}" for value in values[:4]) + (", ..." if len(values) > 4 else "")
+        raise UserError(f"{volume}: a brain mask holds 0 and one positive value, this one {shown}; threshold it, or correct brain_mask in the spec")
+    return data != 0

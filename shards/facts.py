@@ -1,0 +1,95 @@
+"""Figures of one subject for the data set's fingerprint, taken from what is stored of it."""
+
+import math
+
+import numpy as np
+from pydantic import Field
+
+from mstkd.shards.geometry import ras_shape, ras_spacing_mm
+from mstkd.shards.spec import LabelScheme, SequenceStats, Strict, SubjectMeta
+
+RANGES = {"0.1-99.9": ("p0_1", "p99_9"), "0.5-99.5": ("p0_5", "p99_5")}  # the percentile ranges a method may clip to
+
+
+class SequenceFacts(Strict):
+    """One sequence over the brain of one subject."""
+
+    stats: SequenceStats  # raw intensities
+    median: float  # raw
+    z_min: float
+    z_max: float
+    clipped: dict[str, int]  # per percentile range: labelled voxels of the brain that clipping to it would change
+
+
+class SubjectFacts(Strict):
+    """Axes are X, Y, Z of RAS+."""
+
+    subject: str
+    sequences: dict[str, SequenceFacts]
+    constant: tuple[str, ...]
+    file_shape: tuple[int, int, int]
+    file_spacing_mm: tuple[float, float, float]
+    stored_shape: tuple[int, int, int]
+    stored_spacing_mm: tuple[float, float, float]
+    orientation: str  # axis codes of the file
+    by_convention: bool = False  # its header does not say where left is
+    grid_from: str | None = None  # the sequence whose grid is stored
+    brain_from: str
+    brain_share: float  # of the file's volume
+    site: str | None
+    field_strength_t: float | None
+    labelled_voxels: int = Field(0, ge=0)  # in any region of the scheme
+    labelled_in_brain: int = Field(0, ge=0)
+
+
+def subject_facts(
+    image: np.ndarray,
+    brain: np.ndarray,
+    label: np.ndarray | None,
+    meta: SubjectMeta,
+    sequences: tuple[str, ...],
+    scheme: LabelScheme | None,
+    by_convention: bool = False,
+    grid_from: str | None = None,
+) -> SubjectFacts:
+    """Facts of a stored subject: z-scored image (M, X, Y, Z) with channels `sequences`, brain and label (X, Y, Z)."""
+    inside = brain.astype(bool)
+    labelled = np.zeros(inside.shape, bool)
+    if label is not None and scheme is not None:
+        labelled = np.isin(label, sorted({value for values in scheme.regions.values() for value in values}))
+    seen = labelled & inside
+    affine = np.array(meta.original_affine)
+    return SubjectFacts(
+        subject=meta.subject,
+        sequences={name: _sequence_facts(image[sequences.index(name)], inside, seen, meta.stats[name]) for name in meta.sequences},
+        constant=meta.constant,
+        file_shape=ras_shape(meta.original_shape, affine),
+        file_spacing_mm=ras_spacing_mm(affine),
+        stored_shape=inside.shape,
+        stored_spacing_mm=meta.spacing_mm,
+        orientation=meta.orientation,
+        by_convention=by_convention,
+        grid_from=grid_from,
+        brain_from=meta.brain_from,
+        brain_share=int(inside.sum()) / math.prod(meta.grid_shape or meta.original_shape),
+        site=meta.site,
+        field_strength_t=meta.field_strength_t,
+        labelled_voxels=int(labelled.sum()),
+        labelled_in_brain=int(seen.sum()),
+    )
+
+
+def _sequence_facts(z: np.ndarray, brain: np.ndarray, labelled: np.ndarray, stats: SequenceStats) -> SequenceFacts:
+    voxels, tumour = z[brain].astype(np.float32), z[labelled]
+    clipped = {}
+    for name, limits in RANGES.items():
+        # rounded as the voxels are: those that lie on a limit are not beyond it
+        low, high = (np.float16((getattr(stats, limit) - stats.mean) / stats.std) for limit in limits)
+        clipped[name] = int(((tumour < low) | (tumour > high)).sum())
+    return SequenceFacts(
+        stats=stats,
+        median=float(np.median(voxels)) * stats.std + stats.mean,
+        z_min=float(voxels.min()),
+        z_max=float(voxels.max()),
+        clipped=clipped,
+    )

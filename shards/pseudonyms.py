@@ -1,0 +1,117 @@
+"""Keyed hashes in place of subject and patient keys.
+
+The salt and the table that leads back lie outside the shard set; who has neither can only guess with both in hand.
+"""
+
+import csv
+import hashlib
+import hmac
+import io
+import os
+import secrets
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mstkd.errors import UserError
+from mstkd.shards.cases import Case
+from mstkd.shards.spec import Fold, Splits
+
+SALT_BYTES = 32
+MIN_SALT_BYTES = 16
+KEY_DIGITS = 16  # hexadecimal
+OWNER_ONLY = 0o600
+SALT_FILE = "mstkd-pseudonyms.salt"
+
+
+@dataclass(frozen=True)
+class Pseudonyms:
+    """New keys for old ones. The same salt gives a patient the same key in every shard set."""
+
+    salt: bytes
+    salt_file: Path
+
+    def subject(self, key: str) -> str:
+        """The key that replaces a subject's: S- and 16 hexadecimal digits of HMAC-SHA256."""
+        return f"S-{self._digest('subject', key)}"
+
+    def patient(self, key: str) -> str:
+        """The key that replaces a patient's; all scans of one patient keep one."""
+        return f"P-{self._digest('patient', key)}"
+
+    def check(self) -> str:
+        """Tells two salts apart, and nothing else."""
+        return self._digest("check", "")
+
+    def _digest(self, kind: str, key: str) -> str:
+        return hmac.new(self.salt, f"{kind}:{key}".encode(), hashlib.sha256).hexdigest()[:KEY_DIGITS]
+
+    def cases(self, cases: Sequence[Case]) -> list[Case]:
+        """The cases under their new keys, sorted by them. Raises UserError if two would share one."""
+        renamed = [replace(case, subject=self.subject(case.subject), patient=self.patient(case.patient)) for case in cases]
+        patients = {case.patient for case in cases}
+        if len({case.subject for case in renamed}) < len(cases) or len({case.patient for case in renamed}) < len(patients):
+            raise UserError(f"{self.salt_file}: two keys have the same hash under this salt; use another --salt-file")
+        return sorted(renamed, key=lambda case: case.subject)
+
+    def splits(self, splits: Splits) -> Splits:
+        """Splits by original keys, by the new ones."""
+
+        def renamed(keys: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(sorted(self.subject(key) for key in keys))
+
+        folds = tuple(Fold(train=renamed(fold.train), val=renamed(fold.val)) for fold in splits.folds)
+        return splits.model_copy(update={"folds": folds, "test": renamed(splits.test)})
+
+    def write_table(self, cases: Sequence[Case], out: Path) -> Path:
+        """Write the CSV that leads from old keys to new ones, next to the salt, mode 600.
+
+        Raises UserError if a table of that name has other subjects.
+        """
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(("subject", "patient", "new_subject", "new_patient"))
+        writer.writerows((case.subject, case.patient, self.subject(case.subject), self.patient(case.patient)) for case in cases)
+        path = self.salt_file.parent / f"{out.name}.keys.csv"
+        if not _create(path, stream.getvalue().encode()) and path.read_bytes() != stream.getvalue().encode():
+            raise UserError(f"{path}: exists and leads to the keys of another set; move it away, it is all that leads back")
+        return path
+
+
+def read_pseudonyms(salt_file: Path | None, out: Path) -> Pseudonyms:
+    """The pseudonyms of the salt in `salt_file`, by default one in the folder that `out` is in, which is made if absent.
+
+    Raises UserError: no such file, too short, readable by others, inside the shard set.
+    """
+    path = out.absolute().parent / SALT_FILE if salt_file is None else Path(salt_file).absolute()
+    inside = (out.resolve(), out.with_name(f"{out.name}.partial").resolve())
+    if any(path.resolve().is_relative_to(folder) for folder in inside):
+        raise UserError(f"salt {path}: lies inside the shard set; keep it elsewhere, it must not travel with the set")
+    if salt_file is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _create(path, f"{secrets.token_hex(SALT_BYTES)}\n".encode())
+    if not path.is_file():
+        raise UserError(f"salt {path}: no such file; leave out --salt-file to have one made")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise UserError(f"salt {path}: others may read it (mode {mode:o}); run chmod 600, or keep it elsewhere")
+    salt = path.read_bytes().strip()
+    if len(salt) < MIN_SALT_BYTES:
+        raise UserError(f"salt {path}: {len(salt)} bytes; give at least {MIN_SALT_BYTES} random ones")
+    return Pseudonyms(salt, path)
+
+
+def _create(path: Path, data: bytes) -> bool:
+    """Write a file whole, for its owner only, unless it exists; several processes may try at once. Whether it was written."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+        os.link(temporary, path)  # unlike a rename it never replaces
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
