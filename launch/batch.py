@@ -42,9 +42,10 @@ def setup_lines(cluster: Cluster, folder: Path) -> list[str]:
         *(f"module load {shlex.quote(module)}" for module in cluster.modules),
         *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()),
         *cluster.setup,
-        f'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c {shlex.quote(TOKEN_CHECK)} {token} || exit 2',
+        f'srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c {shlex.quote(TOKEN_CHECK)} {token} || {{ [ $? -eq 2 ] && exit 2; echo "warning: the check of the shared folder could not run" >&2; }}',
         f'run=$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {runs})',
         'export PYTHONPATH="$run/code${PYTHONPATH:+:$PYTHONPATH}"  # the snapshot comes before whatever else is installed',
+        "export PYTHONSAFEPATH=1  # else python -m looks first into the folder that the job was submitted from",
         "before=$(find \"$run/attempts\" -name '????.json' 2>/dev/null | wc -l)",
     ]
 
@@ -58,11 +59,12 @@ def teardown_lines(cluster: Cluster, folder: Path) -> list[str]:
         "code=$?",
         f'verdict=$({ask} "$code" "$before")',
         'if [ "$verdict" = requeue ]; then',
-        '  scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}" && exit 0',
+        # incomplete: a job that was cancelled meanwhile stays cancelled
+        '  scontrol requeue incomplete "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}" && exit 0',
         '  echo "error: this cluster refuses to requeue; submit again to go on" >&2',
-        '  verdict="$code"',
+        "  verdict=$((code ? code : 140))",
         "fi",
-        'exit "${verdict:-$code}"',
+        'exit "${verdict:-$((code ? code : 1))}"  # never 0 for want of a verdict: other jobs wait for it',
     ]
 
 

@@ -12,6 +12,12 @@ from mstkd.config import Section, nearest, read_yaml, validate_section
 from mstkd.errors import UserError
 
 
+OWN_OPTIONS = frozenset(
+    ("array", "cpus-per-task", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "ntasks", "ntasks-per-node")
+    + ("open-mode", "output", "requeue", "signal", "time")
+)
+
+
 class Container(Section):
     runtime: Literal["apptainer", "pyxis"]
     image: str
@@ -47,6 +53,14 @@ class Cluster(Section):
             raise ValueError("give exactly one of gpus_per_node and ranks_per_node")
         return self
 
+    @model_validator(mode="after")
+    def _options_agree(self) -> "Cluster":
+        if taken := sorted(OWN_OPTIONS & {key.replace("_", "-") for key in self.additional}):
+            raise ValueError(f"additional: mstkd sets {taken[0]} itself; leave it out")
+        if self.signal_delay_s >= 60 * self.timeout_min:
+            raise ValueError(f"signal_delay_s {self.signal_delay_s} does not fit into timeout_min {self.timeout_min}: jobs would be stopped at once")
+        return self
+
     @property
     def tasks_per_node(self) -> int:
         return self.gpus_per_node or self.ranks_per_node
@@ -57,10 +71,11 @@ class Cluster(Section):
 
     @property
     def python_command(self) -> str:
-        """The shell words that start Python on a node, outside of pyxis."""
-        python = self.python or sys.executable
-        if self.container is None or self.container.runtime == "pyxis":
-            return shlex.quote(python)
+        """The shell words that start a rank's Python on a node."""
+        if self.container is None:
+            return shlex.quote(self.python or sys.executable)
+        if self.container.runtime == "pyxis":  # srun puts the ranks into the container
+            return shlex.quote(self.python or "python")
         binds = [f"--bind={mount}" for mount in self.container.mounts]
         return shlex.join(["apptainer", "exec", *(["--nv"] if self.gpus_per_node else []), *binds, self.container.image, self.python or "python"])
 

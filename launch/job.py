@@ -24,6 +24,8 @@ class Job:
 
     def __call__(self) -> None:
         """Exits with the command's code; 0 also after a stop, so that srun lets the other ranks leave in peace."""
+        for number in (signal.SIGUSR2, signal.SIGTERM):  # until training listens there is nothing to save; submitit's own would requeue
+            signal.signal(number, lambda number, _frame: os._exit(128 + number))
         try:
             check_snapshot(Path(self.code))
             code = self._train() if self.kind == "train" else self._evaluate()
@@ -38,15 +40,12 @@ class Job:
         from mstkd.train import run_config
 
         def load():
-            return read_run_config(Path(self.run_dir)).model_copy(update={"stages": list(self.stages)})
+            return read_run_config(Path(self.run_dir)).model_copy(update={"stages": list(self.stages), "resume": "auto"})  # `submit` has insisted on the other words
 
         code = run_config(load)
         return 0 if code > 128 else code
 
     def _evaluate(self) -> int:
-        # nothing to save: the batch script starts it again if the budget allows
-        for number in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, lambda number, _frame: os._exit(128 + number))
         from mstkd.evaluate.run import evaluate_on_ranks
 
         evaluate_on_ranks(Path(self.run_dir))

@@ -108,20 +108,26 @@ def ranked(sweep: Sweep) -> list[Member]:
 
 
 def _best_scores(run_dir: Path) -> dict[str, tuple[float, int]]:
-    """By stage, in the order of training: the best validation score and its step."""
+    """By stage, in the order of training: the best validation score and its step; {} if they cannot be read."""
     from mstkd.track.jsonl import read_records
 
     best: dict[str, tuple[float, int]] = {}
-    for record in read_records(run_dir / "metrics.jsonl"):
-        score = record.get("val/score")
-        if score is not None and (record["stage"] not in best or score > best[record["stage"]][0]):
-            best[record["stage"]] = score, record["step"]
+    try:
+        for record in read_records(run_dir / "metrics.jsonl"):
+            score = record.get("val/score")
+            if score is not None and (record["stage"] not in best or score > best[record["stage"]][0]):
+                best[record["stage"]] = score, record["step"]
+    except UNREADABLE:  # its row says so; the other members are ranked all the same
+        return {}
     return best
 
 
 def _value(run_dir: Path, key: str) -> str:
     path = run_dir / "config.yaml"
-    value = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    try:
+        value = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
+    except UNREADABLE:
+        return ""
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return "" if value is None else str(value)

@@ -29,7 +29,7 @@ OF_OUTCOME: dict[str, State] = {
     "finished": "finished", "interrupted": "interrupted", "stopped": "stopped", "bad_input": "failed", "failed": "failed",
     "hung": "hung", "killed": "failed",
 }  # fmt: skip
-UNREADABLE = (ValueError, KeyError, TypeError, OSError)  # what damaged files of a run folder lead to
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, OSError, yaml.YAMLError)  # what damaged files of a run folder lead to
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,23 @@ def statuses(run_dirs: Iterable[Path]) -> tuple[list[RunStatus], str | None]:
         try:
             found.append(RunFiles(run_dir))
         except UNREADABLE as error:
-            found.append(RunStatus(Path(run_dir), "unknown", f"its files cannot be read: {_one_line(error)}"))
+            found.append(_unknown(run_dir, error))
     readable = [files for files in found if isinstance(files, RunFiles)]
     queue = look_up({id for files in readable for id in files.untold()}, {id for files in readable for id in _newest_untold(files)})
     now = time.time()
-    return [_status(files, queue, now) if isinstance(files, RunFiles) else files for files in found], queue.note
+    return [_readable_status(files, queue, now) if isinstance(files, RunFiles) else files for files in found], queue.note
+
+
+def _readable_status(files: RunFiles, queue: Queue, now: float) -> RunStatus:
+    """One damaged folder must not hide the others."""
+    try:
+        return _status(files, queue, now)
+    except UNREADABLE as error:
+        return _unknown(files.run_dir, error)
+
+
+def _unknown(run_dir: Path, error: Exception) -> RunStatus:
+    return RunStatus(Path(run_dir), "unknown", f"its files cannot be read: {_one_line(error)}")
 
 
 def _newest_untold(files: RunFiles) -> list[str]:

@@ -13,9 +13,10 @@ from mstkd.config import RunConfig, load_config, parse_override
 from mstkd.errors import UserError
 from mstkd.launch.batch import sbatch_parameters
 from mstkd.launch.cluster import Cluster, packaged_slurm
-from mstkd.launch.jobs import SubmittedJob, note_jobs, read_jobs
+from mstkd.launch.jobs import SubmittedJob, note_jobs
 from mstkd.launch.queue import look_up
 from mstkd.launch.snapshot import take_snapshot
+from mstkd.launch.status import read_run
 from mstkd.launch.verdict import Task, write_tasks
 
 
@@ -140,8 +141,11 @@ def _groups(config: RunConfig, stages: str | None) -> list[tuple[str, ...]]:
 
 def _refuse_live_runs(submission: Submission) -> None:
     """Two jobs must not train one run, and the code of a queued one must not change."""
-    known = {job.id: run.run_dir for run in submission.runs for job in read_jobs(run.run_dir)}
-    if live := look_up(known).live(known):
+    known = {job: run.run_dir for run in submission.runs for job in read_run(run.run_dir).ids}
+    queue = look_up(known)
+    if known and not queue.answered:
+        raise UserError(f"{queue.note}: whether an earlier job of this run is live cannot be asked; submit again when SLURM answers")
+    if live := queue.live(known):
         run_dir = known[live[0].id]
         raise UserError(f"{run_dir}: its job {live[0].id} is {live[0].state.lower()} already; wait for it, or first: mstkd cancel {run_dir.name}")
 
@@ -186,7 +190,8 @@ def _submit_link(submission: Submission, number: int, link: Link, before: str | 
     folder = submission.folder / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{number}-{link.label}"
     folder.mkdir(parents=True)
     folders = [run.run_dir.resolve() for run in submission.runs]
-    write_tasks(folder, [Task(str(path), link.kind, link.cluster.requeues) for path in folders])
+    tasks = [Task(str(run.run_dir.resolve()), link.kind, link.cluster.requeues, run.watchdog.heartbeat_s) for run in submission.runs]
+    write_tasks(folder, tasks)
     (folder / "runs.txt").write_text("".join(f"{path}\n" for path in folders))
     executor = _executor(submission, link, folder, before)
     try:

@@ -3,7 +3,10 @@
     python -m mstkd.launch.verdict JOB_FOLDER CODE ATTEMPTS_BEFORE      prints "requeue" or an exit code
 """
 
+from __future__ import annotations  # under pyxis this runs outside of the container, in the host's python3
+
 import json
+import math
 import os
 import sys
 import time
@@ -23,6 +26,7 @@ class Task:
     run_dir: str
     kind: str  # train, evaluate
     requeues: int  # the budget
+    heartbeat_s: float = 10.0  # so old may be what a killed rank said last
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,10 @@ def judge_evaluation(task: Task, code: int) -> Verdict:
 
 def judge_training(task: Task, code: int, before: int, job: str | None) -> Verdict:
     """`before`: attempts that the run folder held when the batch script started; `job`: SLURM's id of it."""
+    if latest(Path(task.run_dir)) > before + 1:
+        return Verdict(False, code or 1, "another start of this run has taken over")
     ending = _ending(task, code, before, job)
-    all_attempts = read(Path(task.run_dir))
+    own_attempts = [attempt for attempt in read(Path(task.run_dir)) if attempt.job == job]
     if ending.outcome == "finished":
         return Verdict(False, 0, ending.reason)
     if ending.outcome == "stopped":
@@ -59,9 +65,9 @@ def judge_training(task: Task, code: int, before: int, job: str | None) -> Verdi
     if ending.outcome == "bad_input":
         return Verdict(False, BAD_INPUT, ending.reason)
     code = INTERRUPTED if ending.outcome == "interrupted" else code or 1
-    if _crashed_there_before(all_attempts):
+    if _crashed_there_before(own_attempts, _slack(task, ending)):
         return Verdict(False, code, f"FAILED: crashed twice at {_place(ending)}: {ending.reason}")
-    used = sum(_asked_for_requeue(attempt, job) for attempt in all_attempts) - 1
+    used = sum(_asked_for_requeue(attempt) for attempt in own_attempts) - 1
     if used >= task.requeues:
         return Verdict(False, code, f"FAILED: {ending.outcome} at {_place(ending)} and all {task.requeues} requeues are used: {ending.reason}")
     return Verdict(True, code, f"{ending.outcome} at {_place(ending)} ({ending.reason}); requeue {used + 1} of {task.requeues}")
@@ -70,50 +76,65 @@ def judge_training(task: Task, code: int, before: int, job: str | None) -> Verdi
 def _ending(task: Task, code: int, before: int, job: str | None) -> Ending:
     """How this start ended; noted here, if no rank could."""
     run_dir = Path(task.run_dir)
-    number = latest(run_dir)
-    if number <= before:
+    number = before + 1
+    if latest(run_dir) < number:
+        if code == 0:  # a start that stops early notes it
+            return Ending("finished", "all stages were trained already")
         if code == BAD_INPUT:
             return Ending("bad_input", "see the message above")
+        outcome = "interrupted" if code == INTERRUPTED else "killed"
         number = begin(run_dir, 0, job)
-        end(run_dir, number, Ending("killed", f"exit code {code} before training began"))
+        end(run_dir, number, Ending(outcome, f"exit code {code} before training began"))
     else:
-        end(run_dir, number, Ending("killed", f"a rank left with code {code} and without a word", *_last_place(run_dir)))
-    return read(run_dir)[-1].ending
+        beat = _last_beat(run_dir, number)
+        place = (beat["stage"], beat["step"]) if beat else ()
+        end(run_dir, number, Ending("killed", f"a rank left with code {code} and without a word", *place))
+    return next(attempt for attempt in read(run_dir) if attempt.number == number).ending
 
 
-def _last_place(run_dir: Path) -> tuple[str | None, int | None]:
+def _last_beat(run_dir: Path, number: int) -> dict | None:
+    """What rank 0 said last in attempt `number`."""
     path = run_dir / "heartbeats" / "rank-0.json"
-    if not path.is_file():
-        return None, None
-    beat = json.loads(path.read_text())
-    return beat["stage"], beat["step"]
+    beat = json.loads(path.read_text()) if path.is_file() else None
+    return beat if beat and beat["attempt"] == number else None
 
 
-def _crashed_there_before(found: list[Attempt]) -> bool:
+def _slack(task: Task, ending: Ending) -> int:
+    """How many steps the noted place of an ending may lag behind the true one."""
+    if ending.outcome != "killed":
+        return 0
+    beat = _last_beat(Path(task.run_dir), latest(Path(task.run_dir)))
+    return math.ceil((beat.get("steps_per_s") or 0) * task.heartbeat_s) if beat else 0
+
+
+def _crashed_there_before(found: list[Attempt], slack: int) -> bool:
     endings = [attempt.ending for attempt in found[-2:]]
     if len(endings) < 2 or not all(ending and ending.outcome in CRASHES for ending in endings):
         return False
-    return (endings[0].stage, endings[0].step) == (endings[1].stage, endings[1].step)
+    before, now = endings
+    return before.stage == now.stage and abs((before.step or 0) - (now.step or 0)) <= slack
 
 
-def _asked_for_requeue(attempt: Attempt, job: str | None) -> bool:
-    return attempt.job == job and attempt.ending is not None and attempt.ending.outcome in (*CRASHES, "interrupted")
+def _asked_for_requeue(attempt: Attempt) -> bool:
+    return attempt.ending is not None and attempt.ending.outcome in (*CRASHES, "interrupted")
 
 
 def _place(ending: Ending) -> str:
     return f"stage {ending.stage}, step {ending.step}" if ending.stage else "the start"
 
 
-def close_in_mlflow(run_dir: Path) -> None:
-    """A run that ended for good must not look alive; one that could say so itself has done it."""
+def conclude_in_mlflow(run_dir: Path, failed: bool) -> None:
+    """A run that ended for good must not look alive, and its sweep on a tracking server is ranked anew."""
     try:
         from mstkd.run_folder import read_run_config
-        from mstkd.track import reconcile
+        from mstkd.track import ranking, reconcile
 
         config = read_run_config(run_dir)
-        reconcile.close(config, run_dir, reconcile.left_running(config, run_dir), "FAILED", time.time())
+        if failed:  # one that could say so itself has done it
+            reconcile.close(config, run_dir, reconcile.left_running(config, run_dir), "FAILED", time.time())
+        ranking.rank_on_server(config, run_dir)
     except Exception as error:  # the exit code matters more; `mstkd doctor --fix` can do it later
-        print(f"MLflow still shows the run as RUNNING: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"MLflow may still show the run as RUNNING: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def main() -> None:
@@ -123,8 +144,9 @@ def main() -> None:
     task = read_task(folder)
     verdict = judge_training(task, code, before, job) if task.kind == "train" else judge_evaluation(task, code)
     print(verdict.why, file=sys.stderr)
-    if task.kind == "train" and not verdict.requeue and verdict.code not in (0, STOPPED):
-        close_in_mlflow(Path(task.run_dir))
+    taken_over = task.kind == "train" and latest(Path(task.run_dir)) > before + 1
+    if task.kind == "train" and not verdict.requeue and not taken_over:
+        conclude_in_mlflow(Path(task.run_dir), failed=verdict.code not in (0, STOPPED))
     print("requeue" if verdict.requeue else verdict.code)
 
 

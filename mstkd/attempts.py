@@ -4,8 +4,11 @@
 <run>/attempts/0003.end.json        the ending, by whoever knows it first: a rank, its watchdog, or the batch script
 """
 
+from __future__ import annotations  # the batch script's python3 may be older than the container's
+
 import json
 import os
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,9 +43,10 @@ def begin(run_dir: Path, world_size: int, job: str | None, commit: str | None = 
     """Note a start; returns its number."""
     folder = Path(run_dir) / "attempts"
     folder.mkdir(parents=True, exist_ok=True)
-    number = latest(run_dir) + 1
     start = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": world_size, "job": job, "commit": commit, "versions": versions or {}}
-    _write_new(folder / f"{number:04d}.json", start)
+    number = latest(run_dir) + 1
+    while not _write_new(folder / f"{number:04d}.json", start):  # another start came first
+        number += 1
     return number
 
 
@@ -73,7 +77,7 @@ def _end_path(run_dir: Path, number: int) -> Path:
 
 def _write_new(path: Path, content: dict) -> bool:
     """Write in one move; False, and nothing happens, if the file exists."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{os.uname().nodename}")
+    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     partial.write_text(json.dumps(content))
     try:
         os.link(partial, path)  # fails if it exists, also on NFS, where O_EXCL may not

@@ -11,6 +11,13 @@ from rank_pool import RankPool  # noqa: E402
 from short_runs import TINY  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the mark in its own
+def pytest_collection_modifyitems(items):
+    """Side by side (tests/run.sh) one process has all that needs the cluster, which waits a lot; the others take file by file."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("slurm" if item.get_closest_marker("slurm") else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def one_rank():
     pool = RankPool(1)

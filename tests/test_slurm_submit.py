@@ -101,7 +101,8 @@ def test_edits_between_submission_and_start_change_nothing(devcluster, toy, tmp_
     source, python = own_checkout(tmp_path)
     held = tmp_path / "held.yaml"
     held.write_text(CLUSTER + f"additional: {{hold: true}}\nsetup: ['export PYTHONPATH={TESTS}']\n")
-    job, _ = submit(with_path(devcluster), tmp_path, toy, [], cluster=str(held), mstkd=python.parent / "mstkd")
+    # from the root of the checkout: there `python -m` would find the sources themselves
+    job, _ = submit(with_path(devcluster), source, toy, [], cluster=str(held), mstkd=python.parent / "mstkd")
     for edited in ("mstkd/train.py", "launch/job.py", "shards/spec.py"):
         (source / edited).write_text("raise SystemExit('edited after the submission')\n")
     assert f"its job {job} is pending already" in refusal(devcluster, tmp_path, toy, [], cluster=str(held))

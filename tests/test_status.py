@@ -139,6 +139,17 @@ def test_a_damaged_folder_hides_no_other(runs, no_slurm):
     assert mstkd("status", "17", runs=runs).returncode == 2
 
 
+@pytest.mark.parametrize(("file", "content"), [
+    ("mlflow.json", "{"), ("config.yaml", "a: [1"), ("config.yaml", "watchdog: null"), ("config.yaml", "- 1"), ("heartbeats/rank-0.json", "{}"),
+])  # fmt: skip
+def test_a_damaged_file_hides_no_other_run(runs, no_slurm, file, content):
+    for name in ("a", "b"):
+        begin(make_run(runs, name))
+    (runs / "a" / file).write_text(content)
+    found, _ = statuses([runs / "a", runs / "b"])
+    assert found[1].state == "running" and (found[0].state == "unknown" or file == "heartbeats/rank-0.json")
+
+
 def test_the_table_shows_what_is_known_and_no_empty_column(runs, no_slurm):
     begin(make_run(runs, "toy"))
     shown = mstkd("status", runs=runs)

@@ -1,7 +1,9 @@
 """What `mstkd submit` would tell SLURM, and how a job's end is judged; the real cluster is in test_slurm.py."""
 
+import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from mstkd import attempts
 from mstkd.attempts import Ending
 from mstkd.errors import UserError
+from mstkd.launch.batch import teardown_lines
 from mstkd.launch.cluster import load_cluster
 from mstkd.launch.submit import dry_run, prepare, sweep_axes
 from mstkd.launch.verdict import BAD_INPUT, INTERRUPTED, STOPPED, Task, judge_training
@@ -34,7 +37,7 @@ def test_dry_run_for_the_gpu_preset_line_by_line(tmp_path, monkeypatch):
     assert "--cpus-per-task=12 --kill-on-bad-exit=1" in command and f"{sys.executable} -u -m submitit.core._submit" in command
     path = next(i for i, line in enumerate(lines) if line.startswith('export PYTHONPATH="$run/code'))
     assert path < lines.index(command) < lines.index("code=$?")
-    assert 'exit "${verdict:-$code}"' in lines
+    assert path < lines.index("export PYTHONSAFEPATH=1  # else python -m looks first into the folder that the job was submitted from")
     for line in ("#SBATCH --nodes=1", "#SBATCH --gpus-per-node=1", "#SBATCH --dependency='afterok:<job 1>'", "#SBATCH --kill-on-invalid-dep=yes"):
         assert line in evaluate.splitlines(), line
     assert "dependency" not in train
@@ -67,6 +70,8 @@ def test_members_of_a_sweep_have_their_own_names_and_values():
     ("ranks_per_node: 1\ngpus: 8\ncpus_per_task: 1\ntimeout_min: 1\n", "mine.yaml:2: unknown key gpus"),
     ("cpus_per_task: 4\ntimeout_min: 60\n", "give exactly one of gpus_per_node and ranks_per_node"),
     ("cpus_per_task: 4\ntimeout_min: soon\nranks_per_node: 1\n", "mine.yaml:2: timeout_min: Input should be a valid integer"),
+    ("ranks_per_node: 1\ncpus_per_task: 4\ntimeout_min: 5\nadditional: {dependency: singleton}\n", "mstkd sets dependency itself; leave it out"),
+    ("ranks_per_node: 1\ncpus_per_task: 4\ntimeout_min: 2\n", "signal_delay_s 120 does not fit into timeout_min 2"),
     ("ranks_per_node: 1\ncpus_per_task: 4\ntimeout_min: 5\nnodes: 40\n", "train.global_batch 8 with micro_batch 1 runs on 1, 2, 4 or 8 ranks, not 40"),
 ])  # fmt: skip
 def test_a_wrong_cluster_file_is_one_line(tmp_path, yaml, expected):
@@ -80,7 +85,7 @@ def test_the_users_own_clusters_come_first(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     own = tmp_path / "mstkd/clusters"
     own.mkdir(parents=True)
-    (own / "gpu.yaml").write_text("partition: mine\ngpus_per_node: 1\ncpus_per_task: 1\ntimeout_min: 1\n")
+    (own / "gpu.yaml").write_text("partition: mine\ngpus_per_node: 1\ncpus_per_task: 1\ntimeout_min: 5\n")
     assert load_cluster("gpu").partition == "mine" and load_cluster("cpu").partition == "cpu"
     with pytest.raises(UserError, match="no such cluster; did you mean 'gpu'"):
         load_cluster("gpus")
@@ -155,6 +160,66 @@ def test_a_job_that_dies_without_a_word_is_noted_and_starts_once_more(tmp_path):
     never = Run(tmp_path / "never")
     assert never.attempt(None).requeue  # before training began
     assert never.attempt(None).why.startswith("FAILED: crashed twice at the start")
+
+
+def test_a_run_that_was_trained_already_is_done(tmp_path):
+    attempts.begin(tmp_path, 2, "16")
+    got = judge_training(Task(str(tmp_path), "train", requeues=3), 0, 1, "17")
+    assert (got.requeue, got.code) == (False, 0) and attempts.latest(tmp_path) == 1
+
+
+def test_a_preemption_before_training_began_is_no_crash(tmp_path):
+    run = Run(tmp_path)
+    assert run.attempt(None, code=INTERRUPTED).requeue and run.attempt(None, code=INTERRUPTED).requeue
+
+
+def test_an_old_batch_script_leaves_a_newer_start_alone(tmp_path):
+    attempts.begin(tmp_path, 2, "17")
+    newer = attempts.begin(tmp_path, 2, "17")
+    got = judge_training(Task(str(tmp_path), "train", requeues=3), 137, 0, "17")
+    assert not got.requeue and "taken over" in got.why
+    assert attempts.end(tmp_path, newer, Ending("finished", "all stages trained"))
+
+
+def test_a_crash_in_an_earlier_submission_does_not_count(tmp_path):
+    number = attempts.begin(tmp_path, 2, "16")
+    attempts.end(tmp_path, number, Ending("failed", "boom", "distill", 9))
+    assert Run(tmp_path).attempt(Ending("failed", "boom", "distill", 9)).requeue
+
+
+@pytest.mark.parametrize(("step", "requeue"), [(109, False), (131, True)])
+def test_the_place_of_a_killed_rank_is_as_old_as_its_last_beat(tmp_path, step, requeue):
+    run = Run(tmp_path)
+    assert run.attempt(Ending("killed", "gone", "distill", 100)).requeue
+    beats = tmp_path / "heartbeats"
+    beats.mkdir()
+    (beats / "rank-0.json").write_text(json.dumps({"attempt": 2, "stage": "distill", "step": step, "steps_per_s": 2.0}))
+    assert run.attempt(None, code=None).requeue is requeue  # ten seconds of two steps each
+
+
+def test_starts_at_once_have_numbers_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(lambda _: attempts.begin(tmp_path, 1, None), range(40)))
+    assert sorted(numbers) == list(range(1, 41))
+
+
+@pytest.mark.parametrize(("verdict", "code", "expected"), [
+    ("echo requeue", 0, 140),  # scontrol refuses, all ranks had left in peace
+    ("echo requeue", 137, 137),
+    ("exit 1", 0, 1),  # no verdict at all
+    ("exit 1", 137, 137),
+    ("echo 0", 0, 0),
+    ("echo 143", 0, 143),
+])  # fmt: skip
+def test_a_batch_script_never_ends_well_for_an_unfinished_run(tmp_path, verdict, code, expected):
+    """Jobs that wait for it would start on a half-trained model."""
+    for name, line in (("python", verdict), ("scontrol", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    lines = teardown_lines(load_cluster("cpu", {"python": str(tmp_path / "python")}), tmp_path)
+    script = "\n".join(["before=0", f"(exit {code})", *lines])
+    done = subprocess.run(["bash", "-c", script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode == expected, done.stderr
 
 
 def test_the_first_word_on_an_ending_stays(tmp_path):

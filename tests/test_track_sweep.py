@@ -10,6 +10,9 @@ import sys
 from tracked_runs import answers, ask, client, evaluate, outcomes, rows, runs, runs_dir, submitted, sweep, train, wait_for  # noqa: F401  (runs_dir is a fixture)
 
 from mstkd.config import load_config
+from mstkd.launch.verdict import conclude_in_mlflow
+from mstkd.run_folder import open_run
+from mstkd.track.mlflow_tracker import create_sweep_parent
 
 
 def test_a_sweep_is_one_parent_with_its_members_ranked_by_validation(runs_dir):
@@ -66,6 +69,23 @@ def test_a_sweep_is_ranked_in_the_stage_that_its_most_advanced_member_has_come_t
     train(configs["S-2"], {"teacher": [0.8], "student": [0.6]})
     outcomes(runs_dir)
     assert [runs(runs_dir)[name].data.tags.get("sweep.rank") for name in names] == [None, "1", "2"]
+
+
+def test_a_sweep_on_a_server_is_ranked_below_the_parent_that_the_launcher_made(runs_dir):
+    uri = f"sqlite:///{runs_dir / 'mlflow.db'}"
+    words = [f"runs_dir={runs_dir}", f"tracking.uri={uri}"]
+    configs = {tau: load_config("mst_kdnet_phantom", [*words, f"name=S-{tau}", f"method.tau={tau}"]) for tau in (4, 7)}
+    (runs_dir / "S").mkdir()
+    parent = create_sweep_parent(configs[4], "S", runs_dir / "S")
+    (runs_dir / "S" / "sweep.json").write_text(json.dumps({"axes": {"method.tau": [4, 7]}, "runs": ["S-4", "S-7"], "mlflow_parent": parent}))
+    for tau, score in ((4, 0.5), (7, 0.6)):
+        open_run(configs[tau])
+        train(configs[tau], {"student": [score]})
+        conclude_in_mlflow(configs[tau].run_dir, failed=False)
+        assert runs(runs_dir)["S"].info.status == ("RUNNING" if tau == 4 else "FINISHED")
+    found = runs(runs_dir)
+    assert [found[name].data.tags["sweep.rank"] for name in ("S-7", "S-4")] == ["1", "2"]
+    assert found["S"].info.run_id == parent and "| 1 | S-7 | 7 | 0.6000 | 10 |" in found["S"].data.tags["mlflow.note.content"]
 
 
 # the page

@@ -1,6 +1,8 @@
 """Bytes that two ranks send per step of MST-KDNet, counted by the kernel, against the formula of each ZeRO stage.
 
-    python tests/traffic.py          prints the table; Linux, as root or where user namespaces are allowed
+    python tests/traffic.py [ZERO/PRECISION/ACCUMULATION ...]     prints the table, or these rows of it
+
+Linux, as root or where user namespaces are allowed.
 
 The ranks run in a network namespace of their own: nobody else's packets are counted.
 """
@@ -106,14 +108,15 @@ def expected(zero: int, accumulation: int, world: int, elements: dict, reduce_sc
 
 
 def main() -> None:
-    if sys.argv[1:] != ["inside"]:
-        alone = ["unshare", "--net", *(["--map-root-user"] if os.geteuid() else []), sys.executable, __file__, "inside"]
+    if sys.argv[1:2] != ["inside"]:
+        alone = ["unshare", "--net", *(["--map-root-user"] if os.geteuid() else []), sys.executable, __file__, "inside", *sys.argv[1:]]
         os.execvp(alone[0], alone)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    chosen = [case for case in CASES if not sys.argv[2:] or "/".join(map(str, case)) in sys.argv[2:]]
     pool, world = RankPool(2), 2
     print(f"{'ZeRO':>4} {'precision':>9} {'accumulation':>12} {'measured MB':>12} {'formula MB':>11} {'ratio':>6}", flush=True)
     try:
-        for zero, precision, accumulation in CASES:
+        for zero, precision, accumulation in chosen:
             found = pool.run("traffic.py", "measure", zero=zero, precision=precision, accumulation=accumulation)[0]
             formula = expected(zero, accumulation, world, found)
             figures = f"{found['bytes'] / 1e6:>12.2f} {formula / 1e6:>11.2f} {found['bytes'] / formula:>6.3f}"

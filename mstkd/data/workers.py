@@ -53,12 +53,9 @@ def watched(loader: DataLoader, changed_files: Callable[[], list[str]]) -> Itera
 
     `changed_files()` says which mapped files are no longer what they were: reading one that was cut is a bus error.
     """
-    known, handler = set(multiprocessing.active_children()), signal.getsignal(signal.SIGCHLD)
+    known = set(multiprocessing.active_children())
     items = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # PyTorch's handler raises wherever the trainer happens to be, in the middle of an update, say; without it
-        # the loader notices within seconds, here, where the ranks can still save together
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    _drop_handler_of_dead_children()
     workers = [child for child in multiprocessing.active_children() if child not in known]
     while True:
         try:
@@ -94,6 +91,16 @@ def leave_signals_to_the_trainer(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     # only the first: the interpreter ends its workers with SIGTERM when it exits
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+def _drop_handler_of_dead_children() -> None:
+    """PyTorch's raises wherever the trainer happens to be, in the middle of an update, say.
+
+    Without it the loader notices within seconds where its next item is awaited, and the ranks can still save together.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", "").startswith("torch.") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _cause(worker: BaseProcess, number: int, workers: int, changed_files: list[str]) -> str:

@@ -82,7 +82,7 @@ class Heartbeat:
                 self.keep_out()
                 if time.monotonic() - self._moved > 60 * self.config.hang_min:
                     self._end(diagnosis(read_beats(self.folder), self.beat.attempt, self.ranks.world, self.config))
-            except OSError as error:  # a shared file system may stall or vanish for a while
+            except (OSError, ValueError, TypeError) as error:  # a shared file system may stall or vanish for a while
                 log.warning("heartbeat: %s", error)
 
     def _end(self, reason: str, say: bool = True) -> None:

@@ -6,6 +6,9 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run, RunTag
 
+from mstkd.config import RunConfig
+from mstkd.track.mlflow_tracker import sweep_tags, tracking_uri
+
 PARENT = "mlflow.parentRunId"
 SCORE = "val/score"  # the one figure that ranks a sweep
 
@@ -91,6 +94,16 @@ class Ranking:
             return False
         self.client.set_terminated(parent.info.run_id, status, end_ms)
         return True
+
+
+def rank_on_server(config: RunConfig, run_dir: Path) -> None:
+    """Bring the parent of the run's sweep up to date; nothing if the run has none on a server. Raises what MLflow raises."""
+    tags = sweep_tags(run_dir)
+    if parent_id := tags.get(PARENT):
+        client = MlflowClient(tracking_uri(config, run_dir))
+        experiment_id = client.get_run(parent_id).info.experiment_id
+        sweep = tags["sweep"]
+        Ranking(client, experiment_id, sweep, Path(run_dir).resolve().parent / sweep / "sweep.json").log(parent_id)
 
 
 def all_runs(client: MlflowClient, experiment_id: str, filter_string: str = "") -> list[Run]:
