@@ -11,11 +11,17 @@ from rank_pool import RankPool  # noqa: E402
 from short_runs import TINY  # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the mark in its own
-def pytest_collection_modifyitems(items):
-    """Side by side (tests/run.sh) one process has all that needs the cluster, which waits a lot; the others take file by file."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.get_closest_marker("slurm") else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Side by side (tests/run.sh) one process takes every file that needs the cluster, which waits a lot; the others go file by file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneCluster(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "slurm" if "mark.slurm" in (config.rootpath / file).read_text() else file
+
+    return OneCluster(config, log)
 
 
 @pytest.fixture(scope="session")

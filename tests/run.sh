@@ -19,4 +19,4 @@ for word in "$@"; do
   if [ "$word" = "--fast" ]; then selection=(-m "not slow"); else words+=("$word"); fi
 done
 say "Running the tests"
-exec python -m pytest --numprocesses 2 --dist loadgroup "${selection[@]}" "${words[@]}"
+exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "${selection[@]}" "${words[@]}"
