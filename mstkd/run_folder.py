@@ -18,14 +18,16 @@ import yaml
 
 from mstkd import attempts
 from mstkd.config import RunConfig, read_recipe, resolved
+from mstkd.data.remote import open_folder, shown
 from mstkd.errors import UserError
-from mstkd.shards.spec import read_index
+from mstkd.shards.layout import parse_index
 
 SNAPSHOT_GIT = "mstkd-git.json"  # beside the package in the snapshot of a submitted run
 RECORDED = ("mstkd", "torch", "deepspeed", "monai", "webdataset", "mlflow", "numpy", "nibabel")
 # What may differ between attempts of one run: none of it changes the updates. Everything else does.
 # The data's bytes are compared by digest, so that a shard set may move.
 FREE = ("resume", "runs_dir", "stages", "data.shards.*.path", "data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples",
+        "data.on_bad_sample", "data.verify_sha256",
         "train.log_every", "train.max_skipped", "checkpoint", "validate.every_steps", "inference", "evaluate", "tracking", "watchdog")  # fmt: skip
 
 
@@ -42,13 +44,21 @@ def open_run(config: RunConfig) -> None:
         check_same_data(read_record(folder)["data"], config)
     elif config.resume == "required":
         raise UserError(f"resume=required: {folder} holds no checkpoint; check name and runs_dir, or use resume=auto")
-    elif path.is_file() and resolved(read_run_config(folder)) != resolved(config):
+    elif path.is_file() and resolved(read_run_config(folder)) != recorded(config):
         for name in ("mlflow.json", "metrics.jsonl", "record.json"):  # of a run with other settings that never saved
             (folder / name).unlink(missing_ok=True)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
-    partial.write_text(yaml.safe_dump(resolved(config), sort_keys=False))
+    partial.write_text(yaml.safe_dump(recorded(config), sort_keys=False))
     os.replace(partial, path)
+
+
+def recorded(config: RunConfig) -> dict:
+    """The resolved configuration as it is kept: the addresses of shard sets without credentials."""
+    values = resolved(config)
+    for shard_set in values["data"]["shards"]:
+        shard_set["path"] = shown(shard_set["path"])
+    return values
 
 
 def read_run_config(folder: Path) -> RunConfig:
@@ -75,7 +85,7 @@ def check_same_data(before: dict, config: RunConfig) -> None:
     """Raise UserError if the shard sets are not those that the run began with (`before`: the record's data facts)."""
     if before["digest"] != data_digest(config):
         raise UserError(
-            f"{config.run_dir}: the shards in {', '.join(s.path for s in config.data.shards)} are not those this run began with "
+            f"{config.run_dir}: the shards in {', '.join(shown(s.path) for s in config.data.shards)} are not those this run began with "
             "(index.json or splits.json differ); restore them, or start another run with name=..."
         )
 
@@ -85,13 +95,14 @@ def data_digest(config: RunConfig) -> str:
     digest = hashlib.sha256()
     for shard_set in config.data.shards:
         for name in ("index.json", "splits.json"):
-            digest.update((Path(shard_set.path) / name).read_bytes())
+            digest.update(open_folder(shard_set.path).read_bytes(name))
     return digest.hexdigest()
 
 
 def data_facts(config: RunConfig) -> dict:
     """What must be known of the training data to use the run without it."""
-    indices = [read_index(Path(shard_set.path)) for shard_set in config.data.shards]
+    places = [s.path for s in config.data.shards]
+    indices = [parse_index(open_folder(place).read_bytes("index.json"), f"{shown(place)}/index.json") for place in places]
     return {
         "names": [index.dataset for index in indices],
         "sequences": list(indices[0].sequences),

@@ -50,12 +50,14 @@ def toy_config(method: dict | None, optimizer: str | None, checkpoint: dict, tra
 
 
 def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
-          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None):  # fmt: skip
-    """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there."""
+          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10):  # fmt: skip
+    """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there;
+    `bad`: list of (step, rank) whose loader skips a bad sample there."""
     ranks = resolve_environment()
     backend.start(ranks)
     updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping}
     config = toy_config(method, optimizer, {"keep": keep, "every_steps": every_steps}, updates)
+    config.data.max_bad_samples = max_bad_samples
     facts = methods.DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], (8, 8, 8))
 
     def build():
@@ -74,6 +76,17 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
                 raise UserError(f"no data on rank {ranks.rank}")
             yield [(a * ranks.world + ranks.rank, micro_batch(step, a * ranks.world + ranks.rank)) for a in range(accumulation)]
 
+    class Counted:
+        """As the training loader: counts the samples that this rank had to skip."""
+
+        def __init__(self, start):
+            self.start, self.bad_samples = start, 0
+
+        def __iter__(self):
+            for step, micro_batches in enumerate(batches(self.start), start=self.start):
+                self.bad_samples += [step, ranks.rank] in bad
+                yield micro_batches
+
     def validate(whole, stopping):
         if trainer.state.step == stop_in_validation_at and not ranks.main:
             stop.reason = "SIGUSR2"
@@ -84,7 +97,7 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         weight = sum(p.double().sum() for p in whole.networks["student"].parameters())
         return {"score": float(torch.sigmoid(weight))}
 
-    stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
+    stage = Stage("distill", config, toy, engines, steps, 8, Counted, validate, build)
     heartbeat = Heartbeat(Path(folder), ranks, 0, config.watchdog)
     trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep, zero > 0), Recorder(), stop, heartbeat)
     if resumed := on_main(trainer.checkpoints.newest_sound, ranks):

@@ -233,8 +233,6 @@ def test_a_local_file_that_goes_is_an_error_naming_it(tmp_path):
 @pytest.fixture
 def bucket(folder, monkeypatch, tmp_path):
     """s3://bucket/set on a server of this machine, through the AWS_* variables alone."""
-    pytest.importorskip("s3fs", reason="S3 needs the package s3fs")
-    pytest.importorskip("moto", reason="the S3 server of this test is moto's")
     server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stderr=subprocess.PIPE, text=True)
     try:
         port = next(line for line in server.stderr if "Running on" in line).rpartition(":")[2].split()[0].strip("/")

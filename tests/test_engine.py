@@ -165,6 +165,16 @@ def test_a_rank_without_data_ends_all_ranks_after_a_save(two_ranks, tmp_path):
     assert (tmp_path / "latest").read_text().strip() == "step-00000003"
 
 
+def test_skipped_samples_are_counted_over_all_ranks_and_attempts(two_ranks, tmp_path):
+    run = lambda **more: two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), bad=[[2, 0], [3, 1], [5, 1], [8, 0]], **more)  # noqa: E731
+    replies = run(max_bad_samples=2)
+    message = "data.max_bad_samples 2: 3 samples were skipped in this stage, by all ranks in all attempts"
+    assert replies[0].startswith(f"UserError: {message}") and replies[1].startswith("FailedElsewhereError: rank 0")
+    assert (tmp_path / "latest").read_text().strip() == "step-00000005"
+    assert message in run(max_bad_samples=2)[0]  # a resume does not begin to count anew
+    assert [reply["state"]["bad_samples"] for reply in run(max_bad_samples=4)] == [4, 4]
+
+
 def progress(step, epoch, steps=1000, epochs=100.0):
     return Progress(step=step, epoch=epoch, total_steps=steps, total_epochs=epochs)
 

@@ -114,6 +114,7 @@ class ShardStore:
             if len(self._maps) > OPEN_TARS:
                 self._maps.popitem(last=False)  # arrays still in use keep their map alive
         self._maps.move_to_end(tar.file)
+        self._check_size(tar, self._maps[tar.file].size())  # of the file now: reading beyond its end would be a bus error
         return self._maps[tar.file]
 
     def _check_opened(self, mapped: mmap.mmap, tar: ShardEntry) -> None:

@@ -36,6 +36,7 @@ class TrainState:
     best_step: int | None = None
     validated_step: int | None = None  # the last step whose validation is done
     finished: bool = False
+    bad_samples: int = 0  # skipped so far, by all ranks in all attempts
 
 
 class Checkpoints:

@@ -10,13 +10,18 @@ from mstkd.engine.environment import Ranks
 from mstkd.errors import FailedElsewhereError
 
 
+def sums(counts: list[int], ranks: Ranks) -> list[int]:
+    """Each count (or flag) summed over the ranks. Collective."""
+    if ranks.world == 1:
+        return [int(count) for count in counts]
+    votes = torch.tensor([int(count) for count in counts], device=ranks.device)
+    dist.all_reduce(votes)
+    return votes.tolist()
+
+
 def any_rank(flags: list[bool], ranks: Ranks) -> list[bool]:
     """For each flag, on every rank: is it true on any? Collective."""
-    if ranks.world == 1:
-        return flags
-    votes = torch.tensor([int(flag) for flag in flags], device=ranks.device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return votes.bool().tolist()
+    return [count > 0 for count in sums(flags, ranks)]
 
 
 def from_all(value, ranks: Ranks) -> list:

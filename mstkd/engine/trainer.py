@@ -18,13 +18,13 @@ from mstkd.config import RunConfig
 from mstkd.engine import seeding
 from mstkd.engine.backend import RoleEngine, frozen
 from mstkd.engine.checkpoint import Checkpoints, TrainState
-from mstkd.engine.distributed import any_rank, average_buffers, raise_together
+from mstkd.engine.distributed import any_rank, average_buffers, raise_together, sums
 from mstkd.engine.environment import Ranks
 from mstkd.engine.heartbeat import Heartbeat
 from mstkd.engine.meter import Meter
 from mstkd.engine.schedule import lr_factor
 from mstkd.engine.stop import StopFlag, Stopped
-from mstkd.errors import TrainingError
+from mstkd.errors import TrainingError, UserError
 from mstkd.methods import Method
 from mstkd.track import Tracker
 
@@ -74,7 +74,8 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the end of the stage. False if a stop was asked for: everything is saved then, too."""
         self.heartbeat.at("data", stage=self.stage.name, step=self.state.step, total_steps=self.stage.total_steps)
-        batches = iter(self.stage.batches(self.state.step))
+        self._source, self._counted = self.stage.batches(self.state.step), 0
+        batches = iter(self._source)
         self.meter = Meter(self.ranks)
         try:
             self._validate_if_due()  # a stop may have come before this step's validation was done
@@ -106,14 +107,29 @@ class Trainer:
             problem = error
         self.meter.waited(time.perf_counter() - began)
         self.heartbeat.at("agree")
-        failed, stopping, save = any_rank([problem is not None, bool(self.stop), self._save_overdue()], self.ranks)
+        votes = [problem is not None, bool(self.stop), self._save_overdue(), self._newly_skipped()]
+        failed, stopping, save, skipped = sums(votes, self.ranks)
+        if not failed and self.state.bad_samples + skipped > self.stage.config.data.max_bad_samples:
+            failed, problem = True, self._too_many_bad(skipped)
         if failed or stopping or save:
             self._save()
+        self.state.bad_samples += skipped  # after saving: a resume asks for this step's samples again
         if failed:
             raise_together(problem, self.ranks)
         if stopping:
             raise Stopped
         return micro_batches
+
+    def _newly_skipped(self) -> int:
+        """Bad samples that this rank's loader has skipped since the last step."""
+        before, self._counted = self._counted, getattr(self._source, "bad_samples", 0)
+        return self._counted - before
+
+    def _too_many_bad(self, newly: int) -> UserError:
+        return UserError(
+            f"data.max_bad_samples {self.stage.config.data.max_bad_samples}: {self.state.bad_samples + newly} samples were skipped in this stage, "
+            "by all ranks in all attempts; logs/rank-*.log names them: copy or build their tars again, or raise the limit"
+        )
 
     def train_step(self, micro_batches: MicroBatches) -> None:
         """One global batch: every role that is due runs all its micro-batches and updates, in the declared order."""
