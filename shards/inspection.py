@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from mstkd.errors import UserError
 from mstkd.shards.layout import read_set
 from mstkd.shards.members import read_member
 from mstkd.shards.spec import (

@@ -1,5 +1,6 @@
 """What the ranks do in test_engine.py: train the toy on generated batches."""
 
+import functools
 from pathlib import Path
 
 import torch
@@ -49,6 +50,25 @@ def toy_config(method: dict | None, optimizer: str | None, checkpoint: dict, tra
     return config
 
 
+class Batches:
+    """As the training loader from step `start` on: counts the bad samples that this rank had to skip."""
+
+    def __init__(self, steps, ranks, stop, stop_after, no_data, bad, start):
+        self.steps, self.ranks, self.stop, self.stop_after, self.no_data, self.bad = steps, ranks, stop, stop_after, no_data, bad
+        self.start, self.bad_samples = start, 0
+
+    def __iter__(self):
+        ranks = self.ranks
+        mine = [a * ranks.world + ranks.rank for a in range(4 // ranks.world)]
+        for step in range(self.start, self.steps):
+            if step == self.stop_after and ranks.main:  # one rank alone is told; all must stop
+                self.stop.reason = "SIGTERM"
+            if self.no_data == [step, ranks.rank]:
+                raise UserError(f"no data on rank {ranks.rank}")
+            self.bad_samples += [step, ranks.rank] in self.bad
+            yield [(j, micro_batch(step, j)) for j in mine]
+
+
 def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
           clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10):  # fmt: skip
     """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there;
@@ -68,25 +88,6 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
     engines = {n: RoleEngine(n, r, config.train, accumulation, ranks.device) for n, r in toy.roles("distill").items()}
     stop = StopFlag()
 
-    def batches(start):
-        for step in range(start, steps):
-            if step == stop_after and ranks.main:  # one rank alone is told; all must stop
-                stop.reason = "SIGTERM"
-            if no_data == [step, ranks.rank]:
-                raise UserError(f"no data on rank {ranks.rank}")
-            yield [(a * ranks.world + ranks.rank, micro_batch(step, a * ranks.world + ranks.rank)) for a in range(accumulation)]
-
-    class Counted:
-        """As the training loader: counts the samples that this rank had to skip."""
-
-        def __init__(self, start):
-            self.start, self.bad_samples = start, 0
-
-        def __iter__(self):
-            for step, micro_batches in enumerate(batches(self.start), start=self.start):
-                self.bad_samples += [step, ranks.rank] in bad
-                yield micro_batches
-
     def validate(whole, stopping):
         if trainer.state.step == stop_in_validation_at and not ranks.main:
             stop.reason = "SIGUSR2"
@@ -97,7 +98,7 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         weight = sum(p.double().sum() for p in whole.networks["student"].parameters())
         return {"score": float(torch.sigmoid(weight))}
 
-    stage = Stage("distill", config, toy, engines, steps, 8, Counted, validate, build)
+    stage = Stage("distill", config, toy, engines, steps, 8, functools.partial(Batches, steps, ranks, stop, stop_after, no_data, bad), validate, build)
     heartbeat = Heartbeat(Path(folder), ranks, 0, config.watchdog)
     trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep, zero > 0), Recorder(), stop, heartbeat)
     if resumed := on_main(trainer.checkpoints.newest_sound, ranks):
