@@ -1,6 +1,5 @@
 """The doctor's look at the runs: where MLflow keeps them, which of them a hard kill left RUNNING, how long a step and a save take."""
 
-import json
 import sqlite3
 import tempfile
 import time

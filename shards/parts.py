@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 from mstkd.errors import UserError
 from mstkd.shards.dataset import DatasetSpec
 from mstkd.shards.dataset_fingerprint import write_fingerprint
-from mstkd.shards.shard_writer import UNFINISHED, ShardRecord, whole_file
+from mstkd.shards.shard_writer import UNFINISHED, ShardRecord, create_file, whole_file
 from mstkd.shards.spec import FILE_LABEL, ShardIndex, Splits, Strict
 from mstkd.shards.splits import default_splits
 
@@ -96,7 +95,7 @@ class WorkFolder:
             raise UserError(f"{self.path}: an unfinished build; go on with --resume, or remove it to begin anew")
         self._check_part(part, resume)
         self.set.mkdir(parents=True, exist_ok=True)
-        if _create(self.path / "plan.json", plan.model_dump_json().encode()):
+        if create_file(self.path / "plan.json", plan.model_dump_json().encode()):
             return
         difference = self.plan().difference(plan)
         if difference:
@@ -242,16 +241,3 @@ def _lock(path: Path, kind: int) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks: writes are atomic anyway, work might be done twice
         yield
-
-
-def _create(path: Path, data: bytes) -> bool:
-    """Write a file whole unless it exists; the parts of an array may try at once. Whether it was written."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_bytes(data)
-    try:
-        os.link(temporary, path)  # unlike a rename it never replaces
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()

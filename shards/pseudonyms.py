@@ -7,7 +7,6 @@ import csv
 import hashlib
 import hmac
 import io
-import os
 import secrets
 import stat
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from mstkd.errors import UserError
 from mstkd.shards.cases import Case
+from mstkd.shards.shard_writer import create_file
 from mstkd.shards.spec import Fold, Splits
 
 SALT_BYTES = 32
@@ -74,7 +74,7 @@ class Pseudonyms:
         writer.writerow(("subject", "patient", "new_subject", "new_patient"))
         writer.writerows((case.subject, case.patient, self.subject(case.subject), self.patient(case.patient)) for case in cases)
         path = self.salt_file.parent / f"{out.name}.keys.csv"
-        if not _create(path, stream.getvalue().encode()) and path.read_bytes() != stream.getvalue().encode():
+        if not create_file(path, stream.getvalue().encode(), OWNER_ONLY) and path.read_bytes() != stream.getvalue().encode():
             raise UserError(f"{path}: exists and leads to the keys of another set; move it away, it is all that leads back")
         return path
 
@@ -90,7 +90,7 @@ def read_pseudonyms(salt_file: Path | None, out: Path) -> Pseudonyms:
         raise UserError(f"salt {path}: lies inside the shard set; keep it elsewhere, it must not travel with the set")
     if salt_file is None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _create(path, f"{secrets.token_hex(SALT_BYTES)}\n".encode())
+        create_file(path, f"{secrets.token_hex(SALT_BYTES)}\n".encode(), OWNER_ONLY)
     if not path.is_file():
         raise UserError(f"salt {path}: no such file; leave out --salt-file to have one made")
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -100,18 +100,3 @@ def read_pseudonyms(salt_file: Path | None, out: Path) -> Pseudonyms:
     if len(salt) < MIN_SALT_BYTES:
         raise UserError(f"salt {path}: {len(salt)} bytes; give at least {MIN_SALT_BYTES} random ones")
     return Pseudonyms(salt, path)
-
-
-def _create(path: Path, data: bytes) -> bool:
-    """Write a file whole, for its owner only, unless it exists; several processes may try at once. Whether it was written."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-        os.link(temporary, path)  # unlike a rename it never replaces
-        return True
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink()

@@ -162,6 +162,21 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def create_file(path: Path, data: bytes, mode: int = 0o666) -> bool:
+    """Write a file whole unless it exists; several processes may try at once. Whether it was written."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+        os.link(temporary, path)  # unlike a rename it never replaces
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+
+
 def _add_case(writer: tarfile.TarFile, case: Case, dataset: DatasetSpec, tally: Tally) -> tuple[SubjectEntry, SubjectFacts]:
     """Read, normalise and append one subject. A function of its own: what it held is free before the next one is read."""
     subject = preprocess(case, dataset)

@@ -1,7 +1,6 @@
 """Chains, sweeps and snapshots on the two-host cluster, and submissions that it refuses."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
