@@ -33,8 +33,8 @@ def data(
 
     Example: mstkd bench data --peer-python peers/bin/python --dir /scratch
     """
-    if json is not None and not json.absolute().parent.is_dir():
-        raise UserError(f"--json {json}: no such folder; create it first")
+    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
+        raise UserError(f"--json {json}: not a file in a folder that exists; create the folder, or give another name")
     from mstkd.bench.data import Settings, bench_data
 
     settings = Settings(

@@ -139,6 +139,8 @@ def inspect(
     """
     from mstkd.shards import inspection
 
+    if png is not None and png.suffix != ".png":
+        raise UserError(f"--png {png}: give a name that ends in .png")
     print_table(inspection.table(folder))
     if png is not None:
         inspection.montage(folder, png)

@@ -273,12 +273,14 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 def read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
     """A YAML mapping and the line of every dotted key in it."""
-    text = path.read_text()
     try:
+        text = path.read_text()
         node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{path.name}:{mark.line + 1 if mark else '?'}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path.name}: not a text file in UTF-8; save it as one") from None
     if not isinstance(values, dict):
         raise UserError(f"{path.name}: expected a mapping of keys to values")
     return values, dict(_key_lines(node, ""))

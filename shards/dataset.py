@@ -184,7 +184,11 @@ def load_spec(name_or_path: str | Path, src: Path | None = None) -> DatasetSpec:
     if not path.is_file():
         raise UserError(f"spec {path}: no such file")
     values, lines = read_yaml(path)
-    return validate_section(DatasetSpec, values, "", path.name, {key: f"{path.name}:{line}" for key, line in lines.items()})
+    spec = validate_section(DatasetSpec, values, "", path.name, {key: f"{path.name}:{line}" for key, line in lines.items()})
+    if path.parent.resolve() != SPEC_FOLDER and spec.name in known_specs() and spec.sha256() != load_spec(spec.name).sha256():
+        # predict finds the packaged one by this name
+        raise UserError(f"{path.name}: {spec.name!r} is the name of a packaged data set that differs; give yours another name")
+    return spec
 
 
 def known_specs() -> list[str]:

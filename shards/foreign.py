@@ -16,6 +16,7 @@ from mstkd.shards.dataset import DatasetSpec, load_spec
 from mstkd.shards.dataset_fingerprint import write_fingerprint
 from mstkd.shards.facts import SubjectFacts, subject_facts
 from mstkd.shards.layout import INDEX, SPLITS, parse_index, parse_splits
+from mstkd.shards.meta_check import check_meta
 from mstkd.shards.members import decode_array, decode_meta, read_payload
 from mstkd.shards.parts import stratifying_volumes_ml, write_json
 from mstkd.shards.pool import Tally, run_jobs
@@ -190,6 +191,7 @@ def _check_meta(meta: SubjectMeta, declared: Declared) -> None:
         raise ValueError(f"{META} lists sequences {', '.join(meta.sequences)}; expected some of {', '.join(declared.sequences)}, in that order")
     if set(meta.stats) != set(meta.sequences):
         raise ValueError(f"{META}: stats must have exactly the sequences {', '.join(meta.sequences)}")
+    check_meta(meta)
 
 
 def _array(tar: Path, members: Members, suffix: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:

@@ -23,7 +23,9 @@ def scheme_labels(data: np.ndarray, dataset: DatasetSpec, volume: Volume) -> np.
     values = np.unique(data)
     known = set(scheme.values)
     rest = dataset.label_rest
-    targets = [mapping.get(value, value if rest is None or value == 0 else rest) for value in values.tolist()]
+    # a rest is made of whole numbers: fractions come from interpolation, and NaN or negative values from a broken file
+    others = [rest if rest is not None and value > 0 and float(value).is_integer() else value for value in values.tolist()]
+    targets = [mapping.get(value, other) for value, other in zip(values.tolist(), others)]
     strange = [f"{value:g}" for value, target in zip(values.tolist(), targets) if target not in known]
     if strange:
         allowed = ", ".join(str(value) for value in scheme.values)

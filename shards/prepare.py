@@ -43,6 +43,9 @@ def prepare(config: Path, src: Path, out: Path, workers: int = 1) -> list[str]:
     _check_programs(plan, Path(config))
     subjects = plan.find_subjects(Path(src).absolute())
     out = Path(out).absolute()
+    for name, scans in subjects.items():
+        if inside := [scan for scan in scans.values() if scan.resolve().is_relative_to((out / name).resolve())]:
+            raise UserError(f"--out {out}: holds the raw scan {inside[0]}, and results are replaced there; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     console, programs, failures = Console(), Programs(), {}
     with _ends_on_sigterm(), ThreadPoolExecutor(workers) as pool:
@@ -125,7 +128,9 @@ class _Subject:
         made_from = {"command": words, "mask": step.mask, "inputs": {name: _state(inputs[name]) for name in sorted(step.placeholders & set(inputs))}}
         if _recorded(record) == {**made_from, "output": _state(output)}:
             return output, False
-        for stale in (record, output, *(self.out / self.name).glob(f"{self.name}_*{SUFFIX}")):  # what is final must not outlive its making
+        made = (*self.plan.sequences, *(each.name for each in self.plan.steps if each.per == "subject"))
+        finals = (self.out / self.name / f"{self.name}_{name}{SUFFIX}" for name in made)
+        for stale in (record, output, *finals):  # what is final must not outlive its making
             stale.unlink(missing_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         self.programs.run(words, self.out / LOGS / self.name / f"{step.name}{f'_{sequence}' if sequence else ''}.log", step.timeout_min)

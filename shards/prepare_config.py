@@ -48,6 +48,8 @@ class PrepareStep(Strict):
             raise ValueError("only: goes with per: sequence")
         if self.per == "sequence" and self.mask:
             raise ValueError("mask: goes with per: subject; the images of the sequences would become masks")
+        if any(spec or conversion for word in self.words for _, _, spec, conversion in Formatter().parse(word)):
+            raise ValueError("command: write placeholders as {name} alone, without : or !")
         named = self.placeholders
         if "output" not in named and not {"output_dir", "output_stem"} <= named:
             raise ValueError("command names no {output} (or {output_dir} and {output_stem}); the step would leave nothing")

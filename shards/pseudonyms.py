@@ -22,6 +22,7 @@ SALT_BYTES = 32
 MIN_SALT_BYTES = 16
 KEY_DIGITS = 16  # hexadecimal
 OWNER_ONLY = 0o600
+HEADER = ("subject", "patient", "new_subject", "new_patient")  # of the table that leads back
 SALT_FILE = "mstkd-pseudonyms.salt"
 
 
@@ -67,16 +68,25 @@ class Pseudonyms:
     def write_table(self, cases: Sequence[Case], out: Path) -> Path:
         """Write the CSV that leads from old keys to new ones, next to the salt, mode 600.
 
-        Raises UserError if a table of that name has other subjects.
+        A table of an earlier try is completed. Raises UserError if it leads to keys that this salt does not make.
         """
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("subject", "patient", "new_subject", "new_patient"))
-        writer.writerows((case.subject, case.patient, self.subject(case.subject), self.patient(case.patient)) for case in cases)
         path = self.salt_file.parent / f"{out.name}.keys.csv"
-        if not create_file(path, stream.getvalue().encode(), OWNER_ONLY) and path.read_bytes() != stream.getvalue().encode():
+        rows = {(case.subject, case.patient, self.subject(case.subject), self.patient(case.patient)) for case in cases}
+        if create_file(path, _table(rows), OWNER_ONLY):
+            return path
+        earlier = {tuple(row) for row in csv.reader(io.StringIO(path.read_text()))} - {HEADER}
+        if any(len(row) != len(HEADER) or row[2:] != (self.subject(row[0]), self.patient(row[1])) for row in earlier):
             raise UserError(f"{path}: exists and leads to the keys of another set; move it away, it is all that leads back")
+        complete = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        create_file(complete, _table(rows | earlier), OWNER_ONLY)
+        complete.replace(path)
         return path
+
+
+def _table(rows: set[tuple[str, ...]]) -> bytes:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([HEADER, *sorted(rows)])
+    return stream.getvalue().encode()
 
 
 def read_pseudonyms(salt_file: Path | None, out: Path) -> Pseudonyms:

@@ -173,8 +173,13 @@ def create_file(path: Path, data: bytes, mode: int = 0o666) -> bool:
         return True
     except FileExistsError:
         return False
+    except OSError:  # a file system without hard links: whole unless two processes come at once
+        if path.exists():
+            return False
+        temporary.replace(path)
+        return True
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def _add_case(writer: tarfile.TarFile, case: Case, dataset: DatasetSpec, tally: Tally) -> tuple[SubjectEntry, SubjectFacts]:

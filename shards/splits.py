@@ -6,6 +6,7 @@ from pathlib import Path
 from mstkd.errors import UserError
 from mstkd.shards.dataset import DatasetSpec
 from mstkd.shards.imported_splits import MAX_NAMED, import_splits
+from mstkd.shards.progress import say
 from mstkd.shards.spec import Fold, Splits
 
 MAX_FOLDS = 5
@@ -56,6 +57,9 @@ def read_explicit_splits(path: Path, patients: dict[str, str], allow_overlap: bo
     splits = import_splits(Path(path), patients, dataset)
     splits = splits.model_copy(update={"allow_overlap": splits.allow_overlap or allow_overlap})
     check_splits(splits, patients, str(path))
+    used = {*splits.test, *(key for fold in splits.folds for key in (*fold.train, *fold.val))}
+    if unused := len(patients) - len(used):
+        say(f"splits {path}: {unused} of {len(patients)} subjects are in no fold and not in test; nothing will use them")
     return splits
 
 

@@ -10,6 +10,7 @@ from mstkd.errors import UserError
 from mstkd.shards import fingerprint
 from mstkd.shards.layout import allowed_members, read_plain_file, read_set, unlisted_tars
 from mstkd.shards.members import JSON_LIMIT_BYTES, decode_json, decode_meta, read_member, read_payload
+from mstkd.shards.meta_check import check_meta
 from mstkd.shards.pool import Tally, run_jobs
 from mstkd.shards.progress import subject_progress
 from mstkd.shards.shard_writer import file_sha256, label_volumes_ml
@@ -141,6 +142,7 @@ def _check_content(tar: Path, entry: SubjectEntry, index: ShardIndex) -> None:
     meta = _meta(read_payload(tar, *entry.members[META]))
     if (meta.subject, meta.patient, meta.sequences) != (entry.subject, entry.patient, entry.sequences):
         raise ValueError(f"{META} and index.json disagree on subject, patient or sequences")
+    check_meta(meta)
     image, brain = members[IMAGE], members[BRAIN]
     shape = tuple(stop - start for start, stop in meta.crop_box)
     if entry.shape not in (None, shape):

@@ -228,7 +228,7 @@ def test_a_peer_program_that_breaks_is_one_line(tmp_path):
         (["--shape", "8,20,20"], "at least 16 voxels"),
         (["--seconds", "0"], "--seconds 0: give a positive number"),
         (["--dir", "/no/such/folder"], "--dir /no/such/folder: no such folder"),
-        (["--json", "/no/such/folder/x.json"], "--json /no/such/folder/x.json: no such folder"),
+        (["--json", "/no/such/folder/x.json"], "--json /no/such/folder/x.json: not a file in a folder that exists"),
     ],
 )
 def test_bad_input_is_one_line(words, said):

@@ -59,6 +59,15 @@ def test_when_all_are_in_use_the_oldest_goes_and_can_still_be_read(folder, entri
         file.close()
 
 
+def test_a_copy_that_was_cut_is_fetched_again(folder, entries, tmp_path):
+    cache, source = cache_of(tmp_path, entries, 2), LocalFolder(folder)
+    cache.open(source, entries[0]).close()
+    (copy,) = (tmp_path / "cache").glob("*.tar")
+    os.truncate(copy, 100)
+    with cache.open(source, entries[0]) as file:
+        assert file.read() == (folder / entries[0].file).read_bytes()
+
+
 class Waiting(LocalFolder):
     """Begins to bring a file, then waits until it may go on."""
 

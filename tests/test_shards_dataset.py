@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,7 @@ from nifti_trees import PLAIN, REAL_NAMES, SHAPE, head, write_case, write_nifti,
 
 from mstkd.errors import UserError
 from mstkd.shards.dataset import SPEC_FOLDER, Case, Volume, known_specs, load_spec
+from mstkd.shards.labels import scheme_labels
 from mstkd.shards.preprocess import preprocess
 from mstkd.shards.scheme_check import check_scheme
 from mstkd.shards.spec import LABEL_SCHEMES, LabelScheme
@@ -359,3 +361,27 @@ def test_mgz_files(tmp_path):
     spec = load_spec(path)
     (case,) = spec.find_cases(tmp_path / "src")
     assert preprocess(case, spec).image.shape[0] == 4
+
+
+def test_a_spec_may_not_take_the_name_of_a_packaged_one(tmp_path):
+    """`predict` would find the packaged one by that name, and preprocess otherwise."""
+    text = (SPEC_FOLDER / "phantom.yaml").read_text()
+    (tmp_path / "copy.yaml").write_text(text)
+    assert load_spec(tmp_path / "copy.yaml") == load_spec("phantom")
+    (tmp_path / "other.yaml").write_text(text + "preprocessing: {spacing_mm: [4, 4, 4]}\n")
+    with pytest.raises(UserError, match="'phantom' is the name of a packaged data set that differs"):
+        load_spec(tmp_path / "other.yaml")
+
+
+def test_a_spec_that_is_no_text(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match="x.yaml: not a text file in UTF-8"):
+        load_spec(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 45.4, -7.0])
+def test_a_rest_takes_whole_numbers_alone(value):
+    spec = load_spec("malc2012")
+    with pytest.raises(UserError, match="label values"):
+        scheme_labels(np.array([0.0, 45.0, value]), spec, Volume(Path("seg.nii.gz")))
+    assert scheme_labels(np.array([0.0, 45.0, 99.0]), spec, Volume(Path("seg.nii.gz"))).tolist() == [0, 1, spec.label_rest]

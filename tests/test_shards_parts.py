@@ -27,7 +27,7 @@ from mstkd.shards.spec import read_index
 from mstkd.shards.verify import verify
 
 MSTKD = str(Path(sys.executable).parent / "mstkd")
-PHANTOM_SPEC = (SPEC_FOLDER / "phantom.yaml").read_text()
+PHANTOM_SPEC = (SPEC_FOLDER / "phantom.yaml").read_text().replace("name: phantom", "name: mine", 1)
 SUBJECTS = 8
 DEADLINE_S = 120
 
@@ -123,7 +123,7 @@ def test_changed_spec_and_changed_source_are_named(src, tmp_path):
     changed = own / "Phantom_0000" / "Phantom_0000_t1.nii.gz"
     times = changed.stat()
     os.utime(changed, (1, 1))
-    with pytest.raises(UserError, match=r"source Phantom_0000/Phantom_0000_t1\.nii\.gz: changed since phantom-000000\.tar was built of it"):
+    with pytest.raises(UserError, match=r"source Phantom_0000/Phantom_0000_t1\.nii\.gz: changed since mine-000000\.tar was built of it"):
         build(spec, own, out, subjects_per_shard=1, resume=True)
     os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
     shutil.rmtree(own / "Phantom_0005")

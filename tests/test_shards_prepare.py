@@ -256,3 +256,17 @@ def test_a_wrong_configuration_is_one_line(tmp_path, name):
 def test_the_packaged_example_is_a_configuration():
     plan = load_prepare_config(Path(str(files("mstkd.shards") / "prepare_example.yaml")))
     assert [step.name for step in plan.steps] == ["convert", "register", "brain"] and set(plan.sequences) == {"flair", "t1", "t1ce", "t2"}
+
+
+def test_raw_scans_and_files_of_others_stay(run, tmp_path, raw):
+    """Results are replaced by name; what a person has put beside them is not theirs to remove."""
+    assert run(CONVERT)
+    own = write_nifti(tmp_path / "out" / "A1" / "A1_seg.nii.gz", head(1))
+    run({**CONVERT, "command": "convert {input} {output} again"})
+    assert own.is_file()
+    plan = tmp_path / "inside.yaml"
+    plan.write_text(yaml.safe_dump({"sequences": {"t1": "{subject}/{subject}_t1.nii.gz"}, "steps": [CONVERT]}))
+    scan = write_nifti(tmp_path / "both" / "A1" / "A1_t1.nii.gz", head(0))
+    with pytest.raises(UserError, match="holds the raw scan .* give another folder"):
+        prepare(plan, tmp_path / "both", tmp_path / "both")
+    assert scan.is_file()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import stat
 import subprocess
 import sys
@@ -128,3 +129,20 @@ def test_the_table_of_another_set_is_never_overwritten(given, tmp_path):
     with pytest.raises(UserError, match=r"set\.keys\.csv: exists and leads to the keys of another set; move it away"):
         pseudonymised(given, tmp_path / "set")
     assert (tmp_path / "set.keys.csv").read_text() == "subject,patient\n"
+
+
+def test_a_build_that_was_tried_before_completes_the_table(given, tmp_path):
+    """A bad scan ends a build before anything is kept; the table stays and must not stand in the way of the next try."""
+    src = tmp_path / "src"
+    shutil.copytree(given / "src", src)
+    scan = src / "SOUTH-Brown_1_t1.nii.gz"
+    scan.write_bytes(scan.read_bytes()[:200])
+    words = {"subjects_per_shard": 8, "pseudonymise": True}
+    with pytest.raises(UserError, match="truncated or not a NIfTI"):
+        build(given / "clinic.yaml", src, tmp_path / "set", **words)
+    for name in ("t1", "t2", "seg"):
+        (src / f"SOUTH-Brown_1_{name}.nii.gz").unlink()
+    build(given / "clinic.yaml", src, tmp_path / "set", **words)
+    table = tmp_path / "set.keys.csv"
+    assert set(table_of(table)) == set(KEYS) and stat.S_IMODE(table.stat().st_mode) == 0o600
+    assert {row["new_subject"] for key, row in table_of(table).items() if "Brown" not in key} == set(read_index(tmp_path / "set").subjects())

@@ -70,7 +70,7 @@ def test_the_limits_bite_and_the_poison_works(outcomes, tmp_path):
 @pytest.mark.parametrize(
     "path",
     ["pipe:touch executed", " pipe:touch executed", "PIPE:x", "pipe:", "|touch executed", "file:///etc", "simplecache::http://h/a", "ftp://h/a", "http:a",
-     "http:///a", "http://h/a::file:///etc", "s3://", "https://h/../a", "memory://a", "data:text/plain,x", "a\0b", "a\nb", "", " ", "gs://b/a", "https://u:p@/x"],
+     "http:///a", "http://h/a::file:///etc", "s3://", "https://h/../a", "memory://a", "data:text/plain,x", "a\0b", "a\nb", "", " ", "gs://b/a", "https://u:p@/x", "https://u:p/w@h/a", "https://h/a#token"],
 )  # fmt: skip
 def test_addresses_that_are_not_read_from(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

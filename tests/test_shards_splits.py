@@ -84,6 +84,11 @@ def test_explicit_splits_are_taken_as_they_are(tmp_path):
     assert (splits.folds[0].train, splits.folds[0].val, splits.test) == (("a1", "a2"), ("b",), ("c",))
 
 
+def test_subjects_that_no_split_names_are_counted(tmp_path, capsys):
+    read_explicit_splits(explicit(tmp_path, ["a1", "a2"], ["b"], []), PATIENTS, allow_overlap=False)
+    assert f"1 of {len(PATIENTS)} subjects are in no fold and not in test; nothing will use them" in capsys.readouterr().err.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("train", "val", "test", "message"),
     [

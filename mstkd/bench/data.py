@@ -149,7 +149,7 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--shape {','.join(map(str, settings.shape))}: give at least 16 voxels per axis")
     if settings.nifti_volumes < MIN_NIFTI or settings.nifti_volumes > settings.volumes:
         raise UserError(f"--volumes {settings.volumes}: give at least {max(MIN_NIFTI, settings.nifti_volumes)}")
-    if settings.seconds <= 0:
+    if not 0 < settings.seconds < 1e6:
         raise UserError(f"--seconds {settings.seconds:g}: give a positive number")
 
 

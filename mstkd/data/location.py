@@ -37,8 +37,8 @@ def check_location(path: str) -> str:
 def _plain_address(address: str) -> bool:
     try:
         parts = urlsplit(address)
-        host = parts.hostname
+        host, _ = parts.hostname, parts.port  # of "user:pa/ss@host" the port is no number
     except ValueError:
         return False
     chained = "::" in re.sub(r"\[[0-9A-Fa-f:.]+\]", "", parts.netloc) + parts.path + parts.query + parts.fragment
-    return bool(host) and not chained and " " not in address and ".." not in parts.path.split("/")
+    return bool(host) and not chained and not parts.fragment and (parts.scheme.lower() == "s3" or "@" not in parts.path) and " " not in address and ".." not in parts.path.split("/")

@@ -42,7 +42,12 @@ class StagingCache:
         staged = self._folder / f"{entry.sha256[:16]}-{entry.file}"
         while True:
             try:
-                return _marked(open(staged, "rb"))
+                copy = open(staged, "rb")
+                if os.fstat(copy.fileno()).st_size == entry.bytes:
+                    return _marked(copy)
+                copy.close()
+                log.warning("%s: not of the size that index.json says; it is fetched again", staged)
+                staged.unlink(missing_ok=True)
             except FileNotFoundError:
                 pass
             with self._locked():
