@@ -51,8 +51,12 @@ def subject_facts(
     scheme: LabelScheme | None,
     by_convention: bool = False,
     grid_from: str | None = None,
+    medians: dict[str, float] | None = None,
 ) -> SubjectFacts:
-    """Facts of a stored subject: z-scored image (M, X, Y, Z) with channels `sequences`, brain and label (X, Y, Z)."""
+    """Facts of a stored subject: z-scored image (M, X, Y, Z) with channels `sequences`, brain and label (X, Y, Z).
+
+    `medians`: of the raw intensities, where they are known; else they are taken from the z-scores.
+    """
     inside = brain.astype(bool)
     labelled = np.zeros(inside.shape, bool)
     if label is not None and scheme is not None:
@@ -61,7 +65,7 @@ def subject_facts(
     affine = np.array(meta.original_affine)
     return SubjectFacts(
         subject=meta.subject,
-        sequences={name: _sequence_facts(image[sequences.index(name)], inside, seen, meta.stats[name]) for name in meta.sequences},
+        sequences={name: _sequence_facts(image[sequences.index(name)], inside, seen, meta.stats[name], (medians or {}).get(name)) for name in meta.sequences},
         constant=meta.constant,
         file_shape=ras_shape(meta.original_shape, affine),
         file_spacing_mm=ras_spacing_mm(affine),
@@ -79,17 +83,19 @@ def subject_facts(
     )
 
 
-def _sequence_facts(z: np.ndarray, brain: np.ndarray, labelled: np.ndarray, stats: SequenceStats) -> SequenceFacts:
-    voxels, tumour = z[brain].astype(np.float32), z[labelled]
+def _sequence_facts(z: np.ndarray, brain: np.ndarray, labelled: np.ndarray, stats: SequenceStats, median: float | None) -> SequenceFacts:
+    tumour = z[labelled]
     clipped = {}
     for name, limits in RANGES.items():
         # rounded as the voxels are: those that lie on a limit are not beyond it
         low, high = (np.float16((getattr(stats, limit) - stats.mean) / stats.std) for limit in limits)
         clipped[name] = int(((tumour < low) | (tumour > high)).sum())
+    if median is None:
+        median = float(np.median(z[brain].astype(np.float32))) * stats.std + stats.mean
     return SequenceFacts(
         stats=stats,
-        median=float(np.median(voxels)) * stats.std + stats.mean,
-        z_min=float(voxels.min()),
-        z_max=float(voxels.max()),
+        median=median,
+        z_min=(stats.min - stats.mean) / stats.std,
+        z_max=(stats.max - stats.mean) / stats.std,
         clipped=clipped,
     )

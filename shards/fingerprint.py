@@ -14,14 +14,14 @@ SAME_SUBJECT_CORRELATION = 0.999  # Pearson, of any sequence that both have
 
 
 def block_means(volume: np.ndarray) -> np.ndarray:
-    """(16, 16, 16) float64 block means of a z-scored volume (X, Y, Z), 0 outside it.
+    """(16, 16, 16) float32 block means of a z-scored volume (X, Y, Z), 0 outside it.
 
     The blocks are tied to the brain's centre and spread, not to the array: moving or widening the crop changes nothing.
     """
-    brain, means = volume != 0, volume.astype(np.float64)
+    brain, means = volume != 0, volume.astype(np.float32)
     for axis in range(3):
         profile = brain.sum(axis=tuple(other for other in range(3) if other != axis))
-        means = np.moveaxis(np.tensordot(_overlaps(profile), means, axes=(1, axis)), 0, axis)
+        means = np.moveaxis(np.tensordot(_overlaps(profile).astype(np.float32), means, axes=(1, axis)), 0, axis)
     return means
 
 

@@ -16,7 +16,7 @@ from mstkd.shards.geometry import Box, Spacing, bounding_box, on_file_axes, ras_
 from mstkd.shards.raw_case import RawCase, load_case, refuse_constant
 from mstkd.shards.spec import SequenceStats, SubjectMeta
 
-STATS_PERCENTILES = (0.1, 0.5, 99.5, 99.9)
+STATS_PERCENTILES = (0.1, 0.5, 50, 99.5, 99.9)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def preprocess(case: Case, dataset: DatasetSpec, sequences: tuple[str, ...] = ()
     sequences = sequences or tuple(dataset.sequences)
     raw = load_case(case, dataset)
     frame = _frame(raw, dataset, case.subject)
-    image, stats = _normalised(raw, frame, case, dataset, sequences)
+    image, stats, medians = _normalised(raw, frame, case, dataset, sequences)
     meta = SubjectMeta(
         subject=case.subject,
         patient=case.patient,
@@ -64,7 +64,7 @@ def preprocess(case: Case, dataset: DatasetSpec, sequences: tuple[str, ...] = ()
         grid_shape=frame.shape,
         crop_box=frame.box,
     )
-    facts = subject_facts(image, frame.brain, frame.label, meta, sequences, dataset.scheme, raw.by_convention, raw.grid_from)
+    facts = subject_facts(image, frame.brain, frame.label, meta, sequences, dataset.scheme, raw.by_convention, raw.grid_from, medians)
     file_label = None if frame.shape is None or raw.label is None else on_file_axes(raw.label, meta)
     return Preprocessed(image, frame.brain.astype(np.uint8), frame.label, meta, facts, file_label)
 
@@ -109,9 +109,9 @@ def _frame(raw: RawCase, dataset: DatasetSpec, subject: str) -> _Frame:
 
 def _normalised(
     raw: RawCase, frame: _Frame, case: Case, dataset: DatasetSpec, sequences: tuple[str, ...]
-) -> tuple[np.ndarray, dict[str, SequenceStats]]:
-    """Image (M, X, Y, Z) float16 over the box, and the statistics per sequence that varies inside the brain."""
-    image, stats = np.zeros((len(sequences), *frame.brain.shape), np.float16), {}
+) -> tuple[np.ndarray, dict[str, SequenceStats], dict[str, float]]:
+    """Image (M, X, Y, Z) float16 over the box, and statistics and median per sequence that varies inside the brain."""
+    image, stats, medians = np.zeros((len(sequences), *frame.brain.shape), np.float16), {}, {}
     for channel, name in enumerate(sequences):
         if name not in raw.volumes:
             continue
@@ -120,11 +120,11 @@ def _normalised(
         if voxels.min() == voxels.max():
             refuse_constant(case.files[name], dataset)
             continue
-        stats[name] = _statistics(voxels)
+        stats[name], medians[name] = _statistics(voxels)
         image[channel][frame.brain] = stored_zscore(voxels, stats[name], case.files[name])
     if not stats:
         raise UserError(f"subject {case.subject}: no scan varies inside the brain; leave this subject out")
-    return image, stats
+    return image, stats, medians
 
 
 def _resampled(data: np.ndarray, raw: RawCase, frame: _Frame) -> np.ndarray:
@@ -136,9 +136,11 @@ def _resampled(data: np.ndarray, raw: RawCase, frame: _Frame) -> np.ndarray:
     return resample_image(filled, ras_spacing_mm(raw.affine), frame.spacing_mm, frame.shape, frame.box)
 
 
-def _statistics(voxels: np.ndarray) -> SequenceStats:
-    low, low5, high5, high = np.percentile(voxels, STATS_PERCENTILES).astype(np.float64)
-    exact = voxels.astype(np.float64)
-    return SequenceStats(
-        mean=exact.mean(), std=exact.std(), min=voxels.min(), max=voxels.max(), p0_1=low, p0_5=low5, p99_5=high5, p99_9=high
-    )
+def _statistics(voxels: np.ndarray) -> tuple[SequenceStats, float]:
+    """And the median, from the same partition of the voxels."""
+    low, low5, median, high5, high = np.percentile(voxels, STATS_PERCENTILES).astype(np.float64)
+    stats = SequenceStats(
+        mean=voxels.mean(dtype=np.float64), std=voxels.std(dtype=np.float64),
+        min=voxels.min(), max=voxels.max(), p0_1=low, p0_5=low5, p99_5=high5, p99_9=high,
+    )  # fmt: skip
+    return stats, float(median)
