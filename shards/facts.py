@@ -95,7 +95,7 @@ def _sequence_facts(z: np.ndarray, brain: np.ndarray, labelled: np.ndarray, stat
     return SequenceFacts(
         stats=stats,
         median=median,
-        z_min=(stats.min - stats.mean) / stats.std,
-        z_max=(stats.max - stats.mean) / stats.std,
+        z_min=float(np.float16((stats.min - stats.mean) / stats.std)),  # as stored
+        z_max=float(np.float16((stats.max - stats.mean) / stats.std)),
         clipped=clipped,
     )
