@@ -18,5 +18,7 @@ words=()
 for word in "$@"; do
   if [ "$word" = "--fast" ]; then selection=(-m "not slow"); else words+=("$word"); fi
 done
+# One thread each: two test processes with ranks and loaders of their own fill two cores, and more threads only wait.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 say "Running the tests"
 exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "${selection[@]}" "${words[@]}"
