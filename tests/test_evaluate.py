@@ -244,7 +244,7 @@ def test_overlap_is_found_by_content_under_another_name(shards, tmp_path):
 def test_a_case_without_a_sequence_is_scored_on_what_it_has(run, tmp_path):
     shutil.copytree(run.parents[1] / "nifti", tmp_path / "nifti")
     (tmp_path / "nifti" / "Phantom_0002" / "Phantom_0002_t1ce.nii.gz").unlink()
-    spec = yaml.safe_load((SPEC_FOLDER / "phantom.yaml").read_text()) | {"allow_missing": True}
+    spec = yaml.safe_load((SPEC_FOLDER / "phantom.yaml").read_text()) | {"name": "incomplete", "allow_missing": True}
     (tmp_path / "incomplete.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
     build_shards(tmp_path / "incomplete.yaml", tmp_path / "nifti", tmp_path / "shards")
     summary = evaluate_run(write_run(tmp_path, "toy", {"name": "toys.linear"}), split="all", allow_overlap=True)
