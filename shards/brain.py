@@ -65,10 +65,11 @@ def _between(mask: np.ndarray, axis: int) -> np.ndarray:
 
 def checked_mask(data: np.ndarray, volume: Volume) -> np.ndarray:
     """A given brain mask (X, Y, Z) as bool. Raises UserError: more than 0 and one positive value, or empty."""
+    highest = data.max()
+    if highest > 0 and ((data == 0) | (data == highest)).all():
+        return data != 0
     values = np.unique(data)
-    if values[-1] <= 0 and len(values) == 1:
+    if len(values) == 1 and values[0] <= 0:
         raise UserError(f"{volume}: the brain mask is empty; make it again, or leave this subject out")
-    if len(values) > 2 or values[-1] <= 0 or (len(values) == 2 and values[0] != 0):
-        shown = ", ".join(f"{value:g}" for value in values[:4]) + (", ..." if len(values) > 4 else "")
-        raise UserError(f"{volume}: a brain mask holds 0 and one positive value, this one {shown}; threshold it, or correct brain_mask in the spec")
-    return data != 0
+    shown = ", ".join(f"{value:g}" for value in values[:4]) + (", ..." if len(values) > 4 else "")
+    raise UserError(f"{volume}: a brain mask holds 0 and one positive value, this one {shown}; threshold it, or correct brain_mask in the spec")

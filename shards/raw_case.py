@@ -1,5 +1,6 @@
 """The volumes of one case as they come from the files: on one grid, RAS+, raw intensities, with brain and label."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +9,7 @@ import numpy as np
 from mstkd.errors import UserError
 from mstkd.shards.brain import background_value, brain_mask, checked_mask
 from mstkd.shards.dataset import Case, DatasetSpec, Volume
-from mstkd.shards.geometry import in_stored_order, resample_by_header, to_ras
+from mstkd.shards.geometry import bounding_box, in_stored_order, resample_by_header, to_ras
 from mstkd.shards.labels import scheme_labels
 from mstkd.shards.nifti import Grid, OpenFiles, check_same_grid, grid_of, open_image, orientation_is_convention, same_grid
 
@@ -78,6 +79,15 @@ def check_headers(case: Case, dataset: DatasetSpec) -> None:
         own = grid_of(open_image(volume), volume)
         if dataset.preprocessing.common_grid is None:
             check_same_grid(volume, own, reference, grid)
+
+
+def kept_share(case: Case, dataset: DatasetSpec) -> float:
+    """The share of a case's volume in its brain box, nearly: as the mask says, or else the one scan whose grid it is stored on."""
+    volume = case.brain or case.files[grid_sequence(case, dataset)]
+    data, _ = OpenFiles().read(volume)
+    outside = 0.0 if case.brain else background_value(data, dataset.preprocessing.background, volume)
+    box = bounding_box(data != outside, dataset.preprocessing.margin_voxels)
+    return math.prod(stop - start for start, stop in box) / data.size
 
 
 @dataclass(frozen=True)
