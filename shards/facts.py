@@ -84,7 +84,7 @@ def _labelled(label: np.ndarray | None, scheme: LabelScheme | None) -> np.ndarra
     """Places, in the flattened label map, of the voxels in any region of the scheme."""
     if label is None or scheme is None:
         return np.zeros(0, int)
-    places = np.flatnonzero(label)  # few, and no region holds 0
+    places = np.flatnonzero(label != 0)  # few, and no region holds 0
     return places[np.isin(label.ravel()[places], sorted({value for values in scheme.regions.values() for value in values}))]
 
 

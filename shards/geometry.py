@@ -116,10 +116,13 @@ def resample_nearest(data: np.ndarray, spacing_mm: Spacing, target_mm: Spacing, 
 def resample_by_header(data: np.ndarray, affine: np.ndarray, grid: Grid, order: int, outside: float = 0) -> np.ndarray:
     """`data` (3 axes, as in its file) on another file's `grid`, by their affines; `outside` beyond its field of view.
 
-    `order` 3 becomes 1 where the data's own spacing is strongly anisotropic, and is clipped to the data's range.
+    Interpolated values are float32 and clipped to the data's range, those of `order` 0 keep their type. `order` 3 becomes
+    1 where the data's own spacing is strongly anisotropic.
     """
     if order > 1 and strongly_anisotropic(tuple(nib.affines.voxel_sizes(affine))):
         order = 1
+    if order > 0:
+        data = data.astype(np.float32)
     low, high = min(data.min(), outside), max(data.max(), outside)
     voxels = data.astype(np.uint8) if data.dtype == bool else data  # images hold no bool
     moved = resample_from_to(nib.Nifti1Image(voxels, affine), grid, order=order, mode="constant", cval=outside)

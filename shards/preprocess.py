@@ -117,7 +117,8 @@ def _normalised(
         if name not in raw.volumes:
             continue
         data = raw.volumes[name]
-        voxels = in_stored_order(data[frame.inside] if frame.shape is None else _resampled(data, raw, frame))[frame.brain]
+        data = in_stored_order(data[frame.inside] if frame.shape is None else _resampled(data, raw, frame))
+        voxels = data[frame.brain].astype(np.float32)
         if voxels.min() == voxels.max():
             refuse_constant(case.files[name], dataset)
             continue

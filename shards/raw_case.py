@@ -18,7 +18,7 @@ from mstkd.shards.nifti import Grid, OpenFiles, check_same_grid, grid_of, open_i
 class RawCase:
     """One case on its common RAS+ grid, and the geometry of the file whose grid that is."""
 
-    volumes: dict[str, np.ndarray]  # per present sequence (X, Y, Z) float32, raw intensities
+    volumes: dict[str, np.ndarray]  # per present sequence (X, Y, Z), raw intensities: float32, or integers of up to 16 bits as they came
     brain: np.ndarray  # (X, Y, Z) bool
     brain_from: Literal["volumes", "mask"]
     label: np.ndarray | None  # (X, Y, Z) uint8
@@ -107,7 +107,7 @@ class _Placer:
 
 
 def _read_sequences(case: Case, dataset: DatasetSpec, placed: _Placer) -> tuple[dict[str, np.ndarray], list[np.ndarray], tuple[str, ...]]:
-    """Per sequence its voxels on the common grid, float32; the foregrounds, where no mask is given; the constant ones."""
+    """Per sequence its voxels on the common grid, as `RawCase` has them; the foregrounds, where no mask is given; the constant ones."""
     volumes, foregrounds, constant, files = {}, [], [], OpenFiles()
     for sequence, volume in case.files.items():
         data, affine = files.read(volume)
@@ -119,7 +119,7 @@ def _read_sequences(case: Case, dataset: DatasetSpec, placed: _Placer) -> tuple[
         outside = 0.0
         if case.brain is None:
             outside = background_value(data, dataset.preprocessing.background, volume)
-            foregrounds.append(placed.place(data != outside, affine, volume, order=0))
+            foregrounds.append(placed.place(data != data.dtype.type(outside), affine, volume, order=0))
         volumes[sequence] = placed.place(data, affine, volume, order=3, outside=outside)
     if not volumes:
         raise UserError(f"subject {case.subject}: every scan carries one value throughout ({', '.join(constant)}); leave this subject out")
@@ -135,6 +135,9 @@ def refuse_constant(volume: Volume, dataset: DatasetSpec) -> None:
 
 
 def _finite(data: np.ndarray, volume: Volume) -> np.ndarray:
+    """As float32, but for what float32 holds exactly and twice as large."""
+    if data.dtype.kind in "iu" and data.dtype.itemsize <= 2:
+        return data
     whole = data.dtype.kind in "iu"
     with np.errstate(over="ignore"):
         data = data.astype(np.float32)
