@@ -42,9 +42,13 @@ def test_every_float16_is_widened_as_numpy_does():
     assert widened(halves).dtype == np.float32
 
 
-@given(shape=st.tuples(*[st.integers(1, 6)] * 3), axes=st.permutations(range(3)), flips=st.tuples(*[st.sampled_from([-1, 1])] * 3), start=st.integers(0, 2))
+@given(
+    shape=st.tuples(*[st.integers(1, 6)] * 3), axes=st.permutations(range(3)), flips=st.tuples(*[st.sampled_from([-1, 1])] * 3),
+    start=st.integers(0, 2),
+)  # fmt: skip
 def test_stored_order_is_the_same_array_with_z_fastest_in_memory(shape, axes, flips, start):
-    data = np.arange(np.prod(shape), dtype=np.int16).reshape(shape).transpose(axes)[tuple(slice(None, None, step) for step in flips)][:, :, start:]
+    whole = np.arange(np.prod(shape), dtype=np.int16).reshape(shape).transpose(axes)
+    data = whole[tuple(slice(None, None, step) for step in flips)][:, :, start:]
     turned = in_stored_order(data)
     np.testing.assert_array_equal(turned, data)
     assert turned.flags.c_contiguous and turned.dtype == np.int16
