@@ -1,4 +1,4 @@
-"""Will a shard set fit on the disk? Estimated from headers and from one subject's brain box."""
+"""Will a shard set fit on the disk? Estimated from headers and from the brain box of one scan."""
 
 import errno
 import math
@@ -13,8 +13,7 @@ from mstkd.errors import UserError
 from mstkd.shards.cases import Case
 from mstkd.shards.dataset import DatasetSpec
 from mstkd.shards.nifti import Grid, grid_of, open_image
-from mstkd.shards.preprocess import preprocess
-from mstkd.shards.raw_case import grid_sequence
+from mstkd.shards.raw_case import grid_sequence, kept_share
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SAMPLED_HEADERS = 64  # subjects whose headers are read, spread over the set
@@ -34,9 +33,9 @@ class Estimate:
 
 
 def estimate(cases: Sequence[Case], dataset: DatasetSpec, bytes_per_subject: float | None = None) -> Estimate:
-    """What `cases` will take, from their headers and the first one's brain box, or at the known size of others like them.
+    """What `cases` will take, from their headers and the brain box in the first one's first scan, or at the known size of others like them.
 
-    Raises UserError where a header or the first case cannot be read.
+    Raises UserError where a header or that scan cannot be read.
     """
     if not cases:
         return Estimate(0, 0)
@@ -50,8 +49,7 @@ def estimate(cases: Sequence[Case], dataset: DatasetSpec, bytes_per_subject: flo
         overhead += max(math.prod(_file_grid(case, dataset)[0]) for case in sample)
     bound = len(cases) * (voxels * voxel_bytes + overhead)
     if bytes_per_subject is None:
-        kept = preprocess(cases[0], dataset).brain.size / _voxels(cases[0], dataset)
-        bytes_per_subject = voxels * kept * voxel_bytes + overhead
+        bytes_per_subject = voxels * kept_share(cases[0], dataset) * voxel_bytes + overhead
     return Estimate(min(round(len(cases) * bytes_per_subject), round(bound)), round(bound))
 
 

@@ -57,41 +57,46 @@ def subject_facts(
 
     `medians`: of the raw intensities, where they are known; else they are taken from the z-scores.
     """
-    inside = brain.astype(bool)
-    labelled = np.zeros(inside.shape, bool)
-    if label is not None and scheme is not None:
-        labelled = np.isin(label, sorted({value for values in scheme.regions.values() for value in values}))
-    seen = labelled & inside
+    labelled = _labelled(label, scheme)
+    seen = labelled[brain.ravel()[labelled] != 0]
     affine = np.array(meta.original_affine)
     return SubjectFacts(
         subject=meta.subject,
-        sequences={name: _sequence_facts(image[sequences.index(name)], inside, seen, meta.stats[name], (medians or {}).get(name)) for name in meta.sequences},
+        sequences={name: _sequence_facts(image[sequences.index(name)], brain, seen, meta.stats[name], (medians or {}).get(name)) for name in meta.sequences},
         constant=meta.constant,
         file_shape=ras_shape(meta.original_shape, affine),
         file_spacing_mm=ras_spacing_mm(affine),
-        stored_shape=inside.shape,
+        stored_shape=brain.shape,
         stored_spacing_mm=meta.spacing_mm,
         orientation=meta.orientation,
         by_convention=by_convention,
         grid_from=grid_from,
         brain_from=meta.brain_from,
-        brain_share=int(inside.sum()) / math.prod(meta.grid_shape or meta.original_shape),
+        brain_share=np.count_nonzero(brain) / math.prod(meta.grid_shape or meta.original_shape),
         site=meta.site,
         field_strength_t=meta.field_strength_t,
-        labelled_voxels=int(labelled.sum()),
-        labelled_in_brain=int(seen.sum()),
+        labelled_voxels=len(labelled),
+        labelled_in_brain=len(seen),
     )
 
 
+def _labelled(label: np.ndarray | None, scheme: LabelScheme | None) -> np.ndarray:
+    """Places, in the flattened label map, of the voxels in any region of the scheme."""
+    if label is None or scheme is None:
+        return np.zeros(0, int)
+    places = np.flatnonzero(label != 0)  # few, and no region holds 0
+    return places[np.isin(label.ravel()[places], sorted({value for values in scheme.regions.values() for value in values}))]
+
+
 def _sequence_facts(z: np.ndarray, brain: np.ndarray, labelled: np.ndarray, stats: SequenceStats, median: float | None) -> SequenceFacts:
-    tumour = z[labelled]
+    tumour = z.ravel()[labelled]
     clipped = {}
     for name, limits in RANGES.items():
         # rounded as the voxels are: those that lie on a limit are not beyond it
         low, high = (np.float16((getattr(stats, limit) - stats.mean) / stats.std) for limit in limits)
         clipped[name] = int(((tumour < low) | (tumour > high)).sum())
     if median is None:
-        median = float(np.median(z[brain].astype(np.float32))) * stats.std + stats.mean
+        median = float(np.median(z[brain != 0].astype(np.float32))) * stats.std + stats.mean
     return SequenceFacts(
         stats=stats,
         median=median,

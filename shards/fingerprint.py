@@ -18,9 +18,11 @@ def block_means(volume: np.ndarray) -> np.ndarray:
 
     The blocks are tied to the brain's centre and spread, not to the array: moving or widening the crop changes nothing.
     """
-    brain, means = volume != 0, volume.astype(np.float32)
-    for axis in range(3):
-        profile = brain.sum(axis=tuple(other for other in range(3) if other != axis))
+    means = volume.astype(np.float32, copy=False)
+    brain = means != 0
+    seen_along_x = brain.sum(axis=0)
+    profiles = brain.sum(axis=(1, 2)), seen_along_x.sum(axis=1), seen_along_x.sum(axis=0)
+    for axis, profile in enumerate(profiles):
         means = np.moveaxis(np.tensordot(_overlaps(profile).astype(np.float32), means, axes=(1, axis)), 0, axis)
     return means
 

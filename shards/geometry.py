@@ -27,6 +27,19 @@ def to_ras(data: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return nib.apply_orientation(data, nib.io_orientation(affine))
 
 
+def in_stored_order(data: np.ndarray) -> np.ndarray:
+    """`data` (X, Y, Z) with Z fastest in memory, as it is stored; files have X fastest.
+
+    Plane by plane: NumPy's copy of the whole jumps through memory, up to eight times slower.
+    """
+    if data.flags.c_contiguous:
+        return data
+    turned = np.empty(data.shape, data.dtype)
+    for k in range(data.shape[1]):
+        turned[:, k] = data[:, k].copy(order="K")
+    return turned
+
+
 def ras_spacing_mm(affine: np.ndarray) -> Spacing:
     """Voxel size along X, Y, Z after reorientation to RAS+."""
     spacing = np.empty(3)
@@ -103,10 +116,13 @@ def resample_nearest(data: np.ndarray, spacing_mm: Spacing, target_mm: Spacing, 
 def resample_by_header(data: np.ndarray, affine: np.ndarray, grid: Grid, order: int, outside: float = 0) -> np.ndarray:
     """`data` (3 axes, as in its file) on another file's `grid`, by their affines; `outside` beyond its field of view.
 
-    `order` 3 becomes 1 where the data's own spacing is strongly anisotropic, and is clipped to the data's range.
+    Interpolated values are float32 and clipped to the data's range, those of `order` 0 keep their type. `order` 3 becomes
+    1 where the data's own spacing is strongly anisotropic.
     """
     if order > 1 and strongly_anisotropic(tuple(nib.affines.voxel_sizes(affine))):
         order = 1
+    if order > 0:
+        data = data.astype(np.float32)
     low, high = min(data.min(), outside), max(data.max(), outside)
     voxels = data.astype(np.uint8) if data.dtype == bool else data  # images hold no bool
     moved = resample_from_to(nib.Nifti1Image(voxels, affine), grid, order=order, mode="constant", cval=outside)

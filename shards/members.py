@@ -22,9 +22,10 @@ HEADER_ERRORS = (ValueError, TypeError, KeyError, SyntaxError, OverflowError, to
 
 def encode_array(array: np.ndarray) -> bytes:
     """The `.npy` bytes of an array."""
-    stream = io.BytesIO()
-    np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
-    return stream.getvalue()
+    array = np.ascontiguousarray(array)
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(array))
+    return b"".join((header.getvalue(), array.data))  # np.save copies the voxels several times
 
 
 def decode_member(suffix: str, payload: bytes | memoryview) -> Any:

@@ -3,12 +3,13 @@
 Of a header only the geometry is used; its text fields are never read.
 """
 
+import gzip
 import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
+from nibabel.filebasedimages import ImageFileError, SerializableImage
 from nibabel.nifti1 import Nifti1Header
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
@@ -16,6 +17,7 @@ from mstkd.errors import UserError
 from mstkd.shards.dataset import Volume
 
 AFFINE_TOLERANCE_MM = 1e-3
+COMPRESSED = (".gz", ".mgz")
 UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
 
 Grid = tuple[tuple[int, ...], np.ndarray]  # shape (3 axes) and affine (4, 4), voxel -> mm
@@ -33,7 +35,7 @@ class OpenFiles:
         shape, affine = grid_of(image, volume)
         if volume.path != self._path:
             try:
-                self._path, self._data = volume.path, np.asanyarray(image.dataobj)
+                self._path, self._data = volume.path, _voxels(image, volume.path)
             except UNREADABLE:
                 raise UserError(f"{volume}: truncated or not a NIfTI; copy or download it again") from None
         data = self._data
@@ -42,6 +44,16 @@ class OpenFiles:
         if data.dtype.kind not in "iuf":
             raise UserError(f"{volume}: expected one real number per voxel, found {data.dtype}; convert it to grey values")
         return (data if volume.channel is None else data[..., volume.channel]).reshape(shape), affine
+
+
+def _voxels(image: SpatialImage, path: Path) -> np.ndarray:
+    """All voxels of an opened file, scaled. A compressed one is unpacked whole, and its checksum compared.
+
+    nibabel unpacks piece by piece, which takes longer, and stops before the checksum.
+    """
+    if path.suffix in COMPRESSED and isinstance(image, SerializableImage):
+        image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
+    return np.asanyarray(image.dataobj)
 
 
 def read_volume(volume: Volume | Path) -> tuple[np.ndarray, np.ndarray]:

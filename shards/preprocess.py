@@ -12,11 +12,12 @@ import numpy as np
 from mstkd.errors import UserError
 from mstkd.shards.dataset import Case, DatasetSpec, Volume
 from mstkd.shards.facts import SubjectFacts, subject_facts
-from mstkd.shards.geometry import Box, Spacing, bounding_box, on_file_axes, ras_spacing_mm, resample_image, resample_nearest, resampled_shape
+from mstkd.shards.geometry import (
+    Box, Spacing, bounding_box, in_stored_order, on_file_axes, ras_spacing_mm, resample_image, resample_nearest, resampled_shape,
+)  # fmt: skip
+from mstkd.shards.intensity_statistics import statistics
 from mstkd.shards.raw_case import RawCase, load_case, refuse_constant
 from mstkd.shards.spec import SequenceStats, SubjectMeta
-
-STATS_PERCENTILES = (0.1, 0.5, 50, 99.5, 99.9)
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def preprocess(case: Case, dataset: DatasetSpec, sequences: tuple[str, ...] = ()
 def stored_zscore(voxels: np.ndarray, stats: SequenceStats, volume: Volume) -> np.ndarray:
     """`voxels` (N,) as float16 z-scores. Raises UserError where one is beyond float16 (65504): it would be stored as infinite."""
     z = (voxels - stats.mean) / stats.std
-    limit = np.finfo(np.float16).max
-    if np.abs(z).max() > limit:
-        raise UserError(f"{volume}: a voxel lies {np.abs(z).max():.3g} standard deviations from the mean, beyond float16; clip or repair this scan")
+    farthest = max(z.max(), -z.min())
+    if farthest > np.finfo(np.float16).max:
+        raise UserError(f"{volume}: a voxel lies {farthest:.3g} standard deviations from the mean, beyond float16; clip or repair this scan")
     return z.astype(np.float16)
 
 
@@ -104,7 +105,7 @@ def _frame(raw: RawCase, dataset: DatasetSpec, subject: str) -> _Frame:
             raise UserError(f"subject {subject}: no brain voxel is left at {spacing_mm} mm; choose a finer preprocessing.spacing_mm")
     box = bounding_box(brain if label is None else brain | (label > 0), config.margin_voxels)
     inside = tuple(slice(start, stop) for start, stop in box)
-    return _Frame(spacing_mm, shape, box, brain[inside], None if label is None else np.ascontiguousarray(label[inside]))
+    return _Frame(spacing_mm, shape, box, np.ascontiguousarray(brain[inside]), None if label is None else np.ascontiguousarray(label[inside]))
 
 
 def _normalised(
@@ -116,11 +117,12 @@ def _normalised(
         if name not in raw.volumes:
             continue
         data = raw.volumes[name]
-        voxels = (data[frame.inside] if frame.shape is None else _resampled(data, raw, frame))[frame.brain]
+        data = in_stored_order(data[frame.inside] if frame.shape is None else _resampled(data, raw, frame))
+        voxels = data[frame.brain].astype(np.float32)
         if voxels.min() == voxels.max():
             refuse_constant(case.files[name], dataset)
             continue
-        stats[name], medians[name] = _statistics(voxels)
+        stats[name], medians[name] = statistics(voxels)
         image[channel][frame.brain] = stored_zscore(voxels, stats[name], case.files[name])
     if not stats:
         raise UserError(f"subject {case.subject}: no scan varies inside the brain; leave this subject out")
@@ -135,12 +137,3 @@ def _resampled(data: np.ndarray, raw: RawCase, frame: _Frame) -> np.ndarray:
     filled = np.where(raw.brain, data, data[raw.brain].mean(dtype=np.float64).astype(np.float32))
     return resample_image(filled, ras_spacing_mm(raw.affine), frame.spacing_mm, frame.shape, frame.box)
 
-
-def _statistics(voxels: np.ndarray) -> tuple[SequenceStats, float]:
-    """And the median, from the same partition of the voxels."""
-    low, low5, median, high5, high = np.percentile(voxels, STATS_PERCENTILES).astype(np.float64)
-    stats = SequenceStats(
-        mean=voxels.mean(dtype=np.float64), std=voxels.std(dtype=np.float64),
-        min=voxels.min(), max=voxels.max(), p0_1=low, p0_5=low5, p99_5=high5, p99_9=high,
-    )  # fmt: skip
-    return stats, float(median)

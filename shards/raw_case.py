@@ -1,5 +1,6 @@
 """The volumes of one case as they come from the files: on one grid, RAS+, raw intensities, with brain and label."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +9,7 @@ import numpy as np
 from mstkd.errors import UserError
 from mstkd.shards.brain import background_value, brain_mask, checked_mask
 from mstkd.shards.dataset import Case, DatasetSpec, Volume
-from mstkd.shards.geometry import resample_by_header, to_ras
+from mstkd.shards.geometry import bounding_box, in_stored_order, resample_by_header, to_ras
 from mstkd.shards.labels import scheme_labels
 from mstkd.shards.nifti import Grid, OpenFiles, check_same_grid, grid_of, open_image, orientation_is_convention, same_grid
 
@@ -17,7 +18,7 @@ from mstkd.shards.nifti import Grid, OpenFiles, check_same_grid, grid_of, open_i
 class RawCase:
     """One case on its common RAS+ grid, and the geometry of the file whose grid that is."""
 
-    volumes: dict[str, np.ndarray]  # per present sequence (X, Y, Z) float32, raw intensities
+    volumes: dict[str, np.ndarray]  # per present sequence (X, Y, Z), raw intensities: float32, or integers of up to 16 bits as they came
     brain: np.ndarray  # (X, Y, Z) bool
     brain_from: Literal["volumes", "mask"]
     label: np.ndarray | None  # (X, Y, Z) uint8
@@ -52,11 +53,11 @@ def load_case(case: Case, dataset: DatasetSpec) -> RawCase:
     else:
         data, affine = OpenFiles().read(case.brain)
         mask = placed.place(checked_mask(data, case.brain), affine, case.brain, order=0)
-        brain = to_ras(_not_empty(mask, case.brain), grid[1])
+        brain = in_stored_order(to_ras(_not_empty(mask, case.brain), grid[1]))
     label = None
     if dataset.scheme is not None and case.label is not None:
         data, affine = OpenFiles().read(case.label)
-        label = to_ras(placed.place(scheme_labels(data, dataset, case.label), affine, case.label, order=0), grid[1])
+        label = in_stored_order(to_ras(placed.place(scheme_labels(data, dataset, case.label), affine, case.label, order=0), grid[1]))
     return RawCase(
         volumes={sequence: to_ras(data, grid[1]) for sequence, data in volumes.items()},
         brain=brain,
@@ -80,6 +81,15 @@ def check_headers(case: Case, dataset: DatasetSpec) -> None:
             check_same_grid(volume, own, reference, grid)
 
 
+def kept_share(case: Case, dataset: DatasetSpec) -> float:
+    """The share of a case's volume in its brain box, nearly: as the mask says, or else the one scan whose grid it is stored on."""
+    volume = case.brain or case.files[grid_sequence(case, dataset)]
+    data, _ = OpenFiles().read(volume)
+    outside = 0.0 if case.brain else background_value(data, dataset.preprocessing.background, volume)
+    box = bounding_box(data != outside, dataset.preprocessing.margin_voxels)
+    return math.prod(stop - start for start, stop in box) / data.size
+
+
 @dataclass(frozen=True)
 class _Placer:
     """Brings the volumes of a case to the grid of one of them, or refuses those that lie on another."""
@@ -97,7 +107,7 @@ class _Placer:
 
 
 def _read_sequences(case: Case, dataset: DatasetSpec, placed: _Placer) -> tuple[dict[str, np.ndarray], list[np.ndarray], tuple[str, ...]]:
-    """Per sequence its voxels on the common grid, float32; the foregrounds, where no mask is given; the constant ones."""
+    """Per sequence its voxels on the common grid, as `RawCase` has them; the foregrounds, where no mask is given; the constant ones."""
     volumes, foregrounds, constant, files = {}, [], [], OpenFiles()
     for sequence, volume in case.files.items():
         data, affine = files.read(volume)
@@ -109,7 +119,7 @@ def _read_sequences(case: Case, dataset: DatasetSpec, placed: _Placer) -> tuple[
         outside = 0.0
         if case.brain is None:
             outside = background_value(data, dataset.preprocessing.background, volume)
-            foregrounds.append(placed.place(data != outside, affine, volume, order=0))
+            foregrounds.append(placed.place(data != data.dtype.type(outside), affine, volume, order=0))
         volumes[sequence] = placed.place(data, affine, volume, order=3, outside=outside)
     if not volumes:
         raise UserError(f"subject {case.subject}: every scan carries one value throughout ({', '.join(constant)}); leave this subject out")
@@ -125,6 +135,9 @@ def refuse_constant(volume: Volume, dataset: DatasetSpec) -> None:
 
 
 def _finite(data: np.ndarray, volume: Volume) -> np.ndarray:
+    """As float32, but for what float32 holds exactly and twice as large."""
+    if data.dtype.kind in "iu" and data.dtype.itemsize <= 2:
+        return data
     whole = data.dtype.kind in "iu"
     with np.errstate(over="ignore"):
         data = data.astype(np.float32)

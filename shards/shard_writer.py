@@ -19,6 +19,7 @@ from mstkd.shards import fingerprint
 from mstkd.shards.cases import Case
 from mstkd.shards.dataset import DatasetSpec
 from mstkd.shards.facts import SubjectFacts
+from mstkd.shards.half_precision import widened
 from mstkd.shards.members import encode_array
 from mstkd.shards.pool import Tally
 from mstkd.shards.preprocess import Preprocessed, preprocess
@@ -27,6 +28,7 @@ from mstkd.shards.tar_walk import split_name, walk
 
 Sources = dict[str, tuple[int, int]]  # file, relative to the source folder -> (bytes, modification time in ns)
 UNFINISHED = ".tmp"
+COPY_BYTES = 2**20  # tarfile writes 16 KiB at a time
 
 
 class ShardRecord(Strict):
@@ -87,7 +89,7 @@ def tar_writer(stream: BinaryIO) -> tarfile.TarFile:
 
     Python's own: WebDataset's writer makes the same bytes, but brings torch into every worker, 200 MB each.
     """
-    return tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)
+    return tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=COPY_BYTES)
 
 
 def add_member(writer: tarfile.TarFile, subject: str, suffix: str, payload: bytes) -> int:
@@ -117,28 +119,27 @@ def subject_entry(
     scheme: LabelScheme | None, spacing_mm: tuple[float, float, float],
 ) -> SubjectEntry:  # fmt: skip
     """The index entry of a stored subject: image (M, X, Y, Z) with channels `sequences`, label (X, Y, Z); no members yet."""
-    channels = dict(zip(sequences, image))
+    ranges, fingerprints = {}, {}
+    for name in present:
+        volume = widened(image[sequences.index(name)])
+        ranges[name] = (float(volume.min()), float(volume.max()))
+        fingerprints[name] = fingerprint.encode(volume)
     return SubjectEntry(
         subject=subject,
         patient=patient,
         sequences=present,
         members={},
         shape=image.shape[1:],
-        ranges={name: _range(channels[name]) for name in present},
-        fingerprint={name: fingerprint.encode(channels[name]) for name in present},
+        ranges=ranges,
+        fingerprint=fingerprints,
         label_volume_ml={} if label is None else label_volumes_ml(label, scheme, spacing_mm),
     )
-
-
-def _range(volume: np.ndarray) -> tuple[float, float]:
-    wide = volume.astype(np.float32)  # numpy searches float16 ten times slower
-    return float(wide.min()), float(wide.max())
 
 
 def label_volumes_ml(label: np.ndarray, scheme: LabelScheme, spacing_mm: tuple[float, float, float]) -> dict[str, float]:
     """Volume in ml of each region of a label map (X, Y, Z)."""
     voxel_ml = math.prod(spacing_mm) / 1000
-    counts = np.bincount(label.ravel(), minlength=max(scheme.values) + 1)
+    counts = np.bincount(label[label != 0], minlength=max(scheme.values) + 1)  # no region holds 0
     return {region: float(counts[list(values)].sum() * voxel_ml) for region, values in scheme.regions.items()}
 
 

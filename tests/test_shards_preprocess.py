@@ -138,6 +138,7 @@ def with_value(data, value, dtype=np.float32):
 BAD = {
     "cut": (lambda f: truncate(f / "a_t2.nii.gz"), r"a_t2\.nii\.gz: truncated or not a NIfTI"),
     "cut raw": (lambda f: (f / "a_t2.nii.gz").write_bytes(gzip.compress(gzip.decompress((f / "a_t2.nii.gz").read_bytes())[:5000])), "a_t2.*truncated or not"),
+    "checksum": (lambda f: (f / "a_t2.nii.gz").write_bytes((f / "a_t2.nii.gz").read_bytes()[:-8] + bytes(8)), r"a_t2\.nii\.gz: truncated or not a NIfTI"),
     "text": (lambda f: (f / "a_t2.nii.gz").write_text("hello"), r"a_t2\.nii\.gz: truncated or not a NIfTI"),
     "empty": (lambda f: (f / "a_t2.nii.gz").write_bytes(b""), r"a_t2\.nii\.gz: truncated or not a NIfTI"),
     "gone": (lambda f: (f / "a_t2.nii.gz").unlink(), r"a_t2\.nii\.gz: no such file"),
@@ -167,6 +168,36 @@ def test_bad_file_is_named_in_one_line(tmp_path, name):
 
 def test_the_case_behind_the_bad_files_is_good(tmp_path):
     assert preprocess(a_case(tmp_path), data_set("t1", "t2")).meta.sequences == ("t1", "t2")
+
+
+def test_a_file_in_several_gzip_members_or_of_the_other_byte_order_is_the_same(tmp_path):
+    expected = preprocess(a_case(tmp_path), data_set("t1", "t2"))
+
+    def change(folder):
+        raw = gzip.decompress((folder / "a_t1.nii.gz").read_bytes())
+        (folder / "a_t1.nii.gz").write_bytes(gzip.compress(raw[:3000]) + gzip.compress(raw[3000:]))
+        image = nib.load(folder / "a_t2.nii.gz")
+        nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine, nib.Nifti1Header(endianness=">")), folder / "a_t2.nii.gz")
+        assert nib.load(folder / "a_t2.nii.gz").header.endianness == ">"
+
+    found = preprocess(a_case(tmp_path, change), data_set("t1", "t2"))
+    np.testing.assert_array_equal(found.image, expected.image)
+    assert found.meta == expected.meta and found.facts == expected.facts
+
+
+@pytest.mark.parametrize("preprocessing", [{}, {"spacing_mm": (1.5, 1.5, 1.5)}, {"common_grid": "t1"}])
+def test_whole_numbers_and_the_same_as_floats_give_the_same(tmp_path, preprocessing):
+    """Integers are kept as they are until the brain is taken; interpolated they must not be rounded."""
+    made = []
+    for dtype in (np.int16, np.float32):
+        affines = BRATS_AFFINE, BRATS_AFFINE + (np.eye(4, k=3) * 0.4 if "common_grid" in preprocessing else 0)
+        files = {
+            name: write_nifti(tmp_path / f"{np.dtype(dtype)}_{name}.nii.gz", head(seed).astype(dtype), affine)
+            for seed, (name, affine) in enumerate(zip(("t1", "t2"), affines))
+        }
+        made.append(preprocess(case_of(files), data_set("t1", "t2", labels=False, preprocessing=preprocessing)))
+    np.testing.assert_array_equal(made[0].image, made[1].image)
+    assert made[0].meta == made[1].meta and made[0].image.any()
 
 
 def test_affine_rounding_is_tolerated(tmp_path):
