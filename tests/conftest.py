@@ -3,12 +3,16 @@
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from devcluster import devcluster  # noqa: E402, F401  (a fixture)
 from rank_pool import RankPool  # noqa: E402
 from short_runs import TINY  # noqa: E402
+
+hypothesis.settings.register_profile("any_machine", deadline=None)  # no test asserts a duration
+hypothesis.settings.load_profile("any_machine")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -130,7 +130,7 @@ def test_rotation_is_rigid_in_millimetres(axis, from_axis):
     assert abs(length_mm - 20) <= 3 and abs(width_mm - 6) <= 3
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 10**6))
 def test_image_brain_and_label_agree_after_rotation_and_zoom(seed):
     x, y, z = np.mgrid[-1:1:24j, -1:1:28j, -1:1:20j]

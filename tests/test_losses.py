@@ -84,7 +84,7 @@ def test_kl_of_two_one_hot_logits(temperature, value, a, b):
     assert standardised_kl(logits_of(a, 0, 0, 0), logits_of(0, b, 0, 0), temperature).item() == pytest.approx(value, abs=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(scale=st.floats(0.1, 50), shift=st.floats(-100, 100), seed=st.integers(0, 2**31))
 def test_kl_ignores_a_positive_affine_change_of_each_voxel(scale, shift, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -151,7 +151,7 @@ def test_evd_is_the_sum_over_layers_and_statistics():
     torch.testing.assert_close(attention_extremes(full, missing), expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(heads=st.permutations(range(3)), tokens=st.permutations(range(12)))
 def test_evd_ignores_a_common_permutation_of_heads_and_tokens(heads, tokens):
     full, missing = attention(), attention()

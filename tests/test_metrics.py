@@ -109,7 +109,7 @@ def test_penalty_is_the_diagonal_of_the_original_grid():
     assert diagonal_mm(meta((10, 20, 30), turned, "PIR")) == pytest.approx(np.sqrt(30**2 + 20**2 + 60**2))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.tuples(*[st.tuples(st.integers(0, 5), st.integers(0, 5))] * 3), st.booleans())
 def test_scoring_in_the_brain_box_equals_scoring_on_the_original_grid(seed, margins, pooled):
     rng = np.random.default_rng(seed)

@@ -232,7 +232,7 @@ def test_prediction_is_repeatable_and_changes_nothing(bn_eval):
 
 @pytest.mark.parametrize("scheme", ["brats2018", "brats2023", "brats2024", "msd_task01"])
 @pytest.mark.parametrize("targets", ["region", "disjoint"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**31))
 def test_labels_survive_encode_and_decode(scheme, targets, seed):
     declared = LABEL_SCHEMES[scheme]

@@ -226,7 +226,7 @@ def test_a_split_that_names_a_stranger_is_one_line(tmp_path):
         split_up(folder, ["a0"], ["a1"], ["zz"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), block=st.integers(1, 5), twins=st.sets(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=3))
 def test_blocks_find_what_one_comparison_finds(monkeypatch_block, rows, columns, block, twins):
     draws = np.random.default_rng(0)

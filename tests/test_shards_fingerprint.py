@@ -86,7 +86,7 @@ def test_volumes_are_those_of_the_subjects_that_have_the_region(cohort, tmp_path
     assert (region.subjects, region.absent) == (6, 1) and region.volume_ml.min > 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**16), levels=st.integers(3, 2000))
 def test_clipped_voxels_are_those_beyond_the_percentiles(tmp_path_factory, seed, levels):
     """Also where many voxels lie exactly on a percentile."""
@@ -105,7 +105,7 @@ def test_clipped_voxels_are_those_beyond_the_percentiles(tmp_path_factory, seed,
     assert one.facts.labelled_voxels == one.facts.labelled_in_brain == (label > 0).sum()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(order=st.permutations(range(6)))
 def test_the_file_does_not_depend_on_the_order_of_the_facts(cohort, order, tmp_path_factory):
     index, (first, second) = index_of(cohort), (tmp_path_factory.mktemp("order") for _ in range(2))

@@ -47,7 +47,7 @@ def blob(shape, spacing_mm, seed) -> np.ndarray:
     return ((distance < 1) * 2 + (distance < 0.3) * 2).astype(np.uint8)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     codes=st.sampled_from(ORIENTATIONS),
     shape=st.tuples(*[st.integers(3, 17)] * 3),
@@ -102,7 +102,7 @@ def test_resampled_intensities_lie_where_they_lay_in_the_patient(tmp_path, own, 
     np.testing.assert_allclose(raw[inner], expected[inner], atol=0.1 * min(own))  # a shift of half a voxel: 0.5 or more per axis
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(codes=st.sampled_from(ORIENTATIONS), own=st.sampled_from(SPACINGS_MM), target=st.sampled_from(SPACINGS_MM), seed=st.integers(0, 99))
 def test_scores_are_decided_on_the_files_grid(tmp_path_factory, codes, own, target, seed):
     """Two linear scores meet on a plane: after interpolation each voxel of the file is on its right side of it."""
@@ -139,7 +139,7 @@ def test_thick_slices_are_not_mixed(tmp_path):
     assert np.abs(image - coarse[..., :1]).max(axis=(0, 1)).min() < 1e-2
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(own=st.tuples(*[st.sampled_from(SPACINGS_MM)] * 3), target=st.tuples(*[st.sampled_from(SPACINGS_MM)] * 3), seed=st.integers(0, 999))
 def test_a_box_is_resampled_as_the_whole_is(own, target, seed):
     rng = np.random.default_rng(seed)
@@ -204,7 +204,7 @@ def test_spacing_is_told_in_ras_order(codes):
     assert ras_spacing_mm(affine) == pytest.approx((1, 2, 3))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(shape=st.tuples(*[st.integers(1, 8)] * 3), margin=st.integers(0, 9), seed=st.integers(0, 999))
 def test_the_box_is_the_smallest_with_its_margin(shape, margin, seed):
     mask = np.random.default_rng(seed).random(shape) < 0.05

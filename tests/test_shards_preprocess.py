@@ -53,7 +53,7 @@ def test_left_and_right_there_and_back(tmp_path, codes):
     np.testing.assert_array_equal(restore(subject.label, subject.meta), file_label)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     codes=st.sampled_from(ORIENTATIONS),
     shape=st.tuples(*[st.integers(3, 9)] * 3),
@@ -250,7 +250,7 @@ def test_a_wrong_channel_is_refused(tmp_path, name):
         preprocess(case_of({"t1": Volume(file, channel)}), data_set("t1", labels=False))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=st.tuples(*[st.integers(1, 9)] * 3), density=st.floats(0.2, 0.9), seed=st.integers(0, 2**16))
 def test_holes_are_filled_as_scipy_fills_them(shape, density, seed):
     mask = np.random.default_rng(seed).random(shape) < density
@@ -322,7 +322,7 @@ def test_a_tumour_outside_the_given_mask_is_kept_counted_and_does_not_widen_the_
     assert (subject.facts.labelled_voxels, subject.facts.labelled_in_brain) == (20, 8)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(margin=st.integers(0, 12))
 def test_margin_is_kept_around_the_brain_and_clipped_to_the_volume(tmp_path_factory, margin):
     image, label = asymmetric()

@@ -94,7 +94,7 @@ def test_times_in_extended_headers_are_passed_over(tmp_path):
     assert list(walk(tmp_path / "x-000000.tar")) == written and len(written) == 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=600), st.booleans())
 def test_bytes_are_an_array_or_a_value_error(data, with_magic):
     payload = b"\x93NUMPY\x01\x00" + data if with_magic else data
@@ -105,7 +105,7 @@ def test_bytes_are_an_array_or_a_value_error(data, with_magic):
             pass
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=120))
 def test_a_members_name_is_plain_or_refused(name):
     try:
@@ -115,7 +115,7 @@ def test_a_members_name_is_plain_or_refused(name):
     assert f"{subject}.{suffix}" == name and not set(name) & set("/\\\0 ") and ".." not in name and suffix.endswith((".npy", ".json"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(shape=st.lists(st.integers(1, 4), max_size=4).map(tuple), dtype=st.sampled_from(["f2", "u1", "i4", "f8", "?"]), cut=st.integers(0, 3))
 def test_an_array_comes_back_or_its_bytes_do_not_fit(shape, dtype, cut):
     array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)

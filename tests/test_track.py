@@ -74,7 +74,7 @@ def test_a_metric_cannot_take_the_place_of_the_step(tmp_path):
         JsonlTracker(tmp_path / "metrics.jsonl", attempt=1).log_metrics({"step": 1.0}, 1, "student")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(kills=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), max_size=4))
 def test_a_stage_killed_and_resumed_any_number_of_times_has_every_step_once(tmp_path_factory, kills):
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
