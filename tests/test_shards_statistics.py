@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -17,7 +17,6 @@ FINITE = st.floats(-(2.0**99), 2.0**99, width=32)  # also -0.0 and subnormal one
 TIED = st.sampled_from([-3.5, -1, 0, 1, 2, 255, 256, 1e30]).map(np.float32)
 
 
-@settings(deadline=None)  # a busy machine
 @given(voxels=st.one_of(arrays(np.float32, st.integers(1, 60), elements=elements) for elements in (FINITE, TIED)))
 def test_order_statistics_and_percentiles_are_those_of_a_full_sort(voxels):
     np.testing.assert_array_equal(order_statistics(voxels, np.arange(len(voxels))), np.sort(voxels))
@@ -43,7 +42,6 @@ def test_every_float16_is_widened_as_numpy_does():
     assert widened(halves).dtype == np.float32
 
 
-@settings(deadline=None)  # a busy machine
 @given(
     shape=st.tuples(*[st.integers(1, 6)] * 3), axes=st.permutations(range(3)), flips=st.tuples(*[st.sampled_from([-1, 1])] * 3),
     start=st.integers(0, 2),
