@@ -19,14 +19,23 @@ class FaultyServer:
         self.sent_bytes: Counter[str] = Counter()
         self.headers: list[dict] = []
         self.gate: threading.Event | None = None  # if set, bodies wait for it
+        self.gates: dict[str, threading.Event] = {}  # the same for single files
+        self._arrived = threading.Condition()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/set"
 
+    def await_request(self, name: str, times: int = 1) -> None:
+        """Returns once `name` has been asked for that often."""
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: self.requests[name] >= times, 30), f"{name}: {self.requests[name]} of {times} requests"
+
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         name = urlsplit(handler.path).path.removeprefix("/set/")
-        self.requests[name] += 1
+        with self._arrived:
+            self.requests[name] += 1
+            self._arrived.notify_all()
         self.headers.append({**handler.headers, "path": handler.path})
         fault = self.faults[name].pop(0) if self.faults.get(name) else None
         path = self.folder / name
@@ -39,8 +48,8 @@ class FaultyServer:
         handler.send_header("Content-Length", str(len(data) - start))
         handler.end_headers()
         data = data[start:]
-        if self.gate:
-            self.gate.wait(60)
+        if gate := self.gates.get(name, self.gate):
+            gate.wait(60)
         if fault == "wrong":
             data = bytes(255 - byte for byte in data)
         elif fault:

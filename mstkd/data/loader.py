@@ -87,8 +87,7 @@ class Stages:
     def items(self) -> Iterator[Item]:
         """This worker's items."""
         worker = get_worker_info()
-        positions = self.share.positions(worker.id, worker.num_workers) if worker else self.share.positions()
-        return map(self.training.order.item, positions)
+        return self.training.items(self.share.positions(worker.id, worker.num_workers) if worker else self.share.positions())
 
     def take(self, item: Item) -> Drawn:
         """The item's crop, moved as the augmentation says: a function of (seed, item) alone."""
@@ -173,9 +172,9 @@ class Stages:
         foreground = self._foregrounds[candidate.source]
         sample = crop(store.subject(candidate.subject), self.config.crop, self.config.foreground_share, draws, foreground)
         if not all(_finite(channel) for channel in sample.image):
-            tar = next(tar.file for tar in store.index.shards if any(entry.subject == candidate.subject for entry in tar.subjects))
+            tar = store.tar_of(candidate.subject)
             raise BadSample(
-                f"{store.folder / tar}: subject {candidate.subject} has voxels that are not finite; run `mstkd shards verify {store.folder}`"
+                f"{store.folder / tar.file}: subject {candidate.subject} has voxels that are not finite; run `mstkd shards verify {store.folder}`"
             )
         return sample
 

@@ -25,7 +25,7 @@ class Order:
         self.items_per_epoch = sum(len(tar) for _, _, tar in self._visits)
         if not self.items_per_epoch:
             raise UserError("data.shards: no training subject is left; see splits.json of the shard set and data.fold")
-        self._seed, self._window = seed, window
+        self._seed, self.window = seed, window
         self._epochs: dict[int, list[Item]] = {}  # the two newest: one who looks ahead may be in the next epoch already
 
     def epoch(self, epoch: int) -> list[Item]:
@@ -50,10 +50,10 @@ class Order:
         draws = rng(self._seed, epoch, "order")
         visits = [self._visits[i] for i in draws.permutation(len(self._visits))]
         items = []
-        for start in range(0, len(visits), self._window):
+        for start in range(0, len(visits), self.window):
             window = [
                 Item(epoch, source, subject, repeat)
-                for source, repeat, tar in visits[start : start + self._window]
+                for source, repeat, tar in visits[start : start + self.window]
                 for subject in tar
             ]
             items += [window[i] for i in draws.permutation(len(window))]

@@ -8,7 +8,9 @@ Only `.npy` without objects and `.json` are decoded; nothing is ever unpickled.
 import hashlib
 import mmap
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -98,14 +100,37 @@ class ShardStore:
         except ValueError as error:
             raise BadSample(f"{self.folder / tar.file}: subject {key}: {FILE_LABEL} cannot be decoded ({error})") from None
 
+    def tar_of(self, key: str) -> ShardEntry:
+        """The tar that a subject of the set lies in."""
+        return self._tar_of[key]
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """What the staged tars of this and other sets may take together; None: tars are read where they lie."""
+        return self._cache.limit_bytes if self._cache else None
+
+    def stage(self, tar: ShardEntry, stopped: Callable[[], bool]) -> BinaryIO:
+        """Brings a tar into the cache before a subject of it is read; evicted last while the result is open.
+
+        For another thread than the reader's. Raises as `StagingCache.open_ahead`.
+        """
+        return self._cache.open_ahead(self._source(tar), tar, stopped)
+
+    def release(self, tar: ShardEntry) -> None:
+        """No subject of this tar is read soon: once no array lies in it, the cache may evict it before others."""
+        self._maps.pop(tar.file, None)
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": OrderedDict()}
+
+    def _source(self, tar: ShardEntry) -> Path | RemoteFolder:
+        return self.folder / tar.file if isinstance(self.folder, Path) else self.folder
 
     def _map(self, tar: ShardEntry) -> mmap.mmap:
         if tar.file not in self._maps:
             path = self.folder / tar.file
             try:
-                with self._cache.open(path if isinstance(path, Path) else self.folder, tar) if self._cache else open(path, "rb") as file:
+                with self._cache.open(self._source(tar), tar) if self._cache else open(path, "rb") as file:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: cannot be mapped ({error})") from None

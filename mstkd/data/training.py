@@ -1,15 +1,20 @@
 """What a run trains on: shard sets that agree, the training subjects of the fold, and their order."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mstkd.config import DataConfig
+from mstkd.data.ahead import staged_ahead
 from mstkd.data.order import Order
+from mstkd.data.sample import Item
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
 from mstkd.shards.spec import LABEL, SubjectEntry
 
 log = logging.getLogger(__name__)
+
+WINDOWS_AHEAD = 2  # the one being read and the next: its subjects are shuffled, so all of its tars are wanted almost at once
 
 
 @dataclass
@@ -30,6 +35,10 @@ class TrainingSet:
     def labelled(self) -> bool:
         """Whether every item has a label."""
         return self.stores[0].index.label_scheme is not None
+
+    def items(self, positions: Iterable[int]) -> Iterator[Item]:
+        """The items at these positions of the stream, to be read in turn; staged tars are brought ahead of their use."""
+        return staged_ahead(map(self.order.item, positions), self.stores, WINDOWS_AHEAD * self.order.window)
 
 
 def open_stores(config: DataConfig) -> list[ShardStore]:
