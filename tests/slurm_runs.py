@@ -44,6 +44,14 @@ def completed(devcluster, job: str, run: Path, timeout_s: float = 600) -> None:
         pytest.fail(f"job {job} is {state}\n{logs_of(run)}")
 
 
+def outlive_repeated_signals(devcluster, job: str) -> None:
+    """Holds a requeued job back until the controller has repeated, after 60 s, the signals that a lost node did not answer.
+
+    Elsewhere that is so by itself: a requeued job waits for AuthInfo's cred_expire, 120 s unless it is set, as it is here.
+    """
+    devcluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+90")
+
+
 def logs_of(run: Path) -> str:
     return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')}" for path in sorted((run / "jobs").rglob("*log*")))
 
