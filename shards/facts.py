@@ -55,14 +55,17 @@ def subject_facts(
 ) -> SubjectFacts:
     """Facts of a stored subject: z-scored image (M, X, Y, Z) with channels `sequences`, brain and label (X, Y, Z).
 
-    `medians`: of the raw intensities, where they are known; else they are taken from the z-scores.
+    `medians`: of the raw intensities, where they were measured with `meta.stats`; else median and range are taken from the z-scores.
     """
     labelled = _labelled(label, scheme)
     seen = labelled[brain.ravel()[labelled] != 0]
     affine = np.array(meta.original_affine)
     return SubjectFacts(
         subject=meta.subject,
-        sequences={name: _sequence_facts(image[sequences.index(name)], brain, seen, meta.stats[name], (medians or {}).get(name)) for name in meta.sequences},
+        sequences={
+            name: _sequence_facts(image[sequences.index(name)], brain, seen, meta.stats[name], (medians or {}).get(name))
+            for name in meta.sequences
+        },
         constant=meta.constant,
         file_shape=ras_shape(meta.original_shape, affine),
         file_spacing_mm=ras_spacing_mm(affine),
@@ -95,12 +98,15 @@ def _sequence_facts(z: np.ndarray, brain: np.ndarray, labelled: np.ndarray, stat
         # rounded as the voxels are: those that lie on a limit are not beyond it
         low, high = (np.float16((getattr(stats, limit) - stats.mean) / stats.std) for limit in limits)
         clipped[name] = int(((tumour < low) | (tumour > high)).sum())
-    if median is None:
-        median = float(np.median(z[brain != 0].astype(np.float32))) * stats.std + stats.mean
+    if median is None:  # statistics that others wrote: what the voxels say counts
+        voxels = z[brain != 0].astype(np.float32)
+        median, z_min, z_max = float(np.median(voxels)) * stats.std + stats.mean, voxels.min(), voxels.max()
+    else:
+        z_min, z_max = (np.float16((limit - stats.mean) / stats.std) for limit in (stats.min, stats.max))  # as stored
     return SequenceFacts(
         stats=stats,
         median=median,
-        z_min=float(np.float16((stats.min - stats.mean) / stats.std)),  # as stored
-        z_max=float(np.float16((stats.max - stats.mean) / stats.std)),
+        z_min=float(z_min),
+        z_max=float(z_max),
         clipped=clipped,
     )

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from faulty_server import serving
+from held_folder import FailingFolder
 from test_data_loader import data_config, loader_of, micro_batches, same
 from tiny_shards import TARS, write_set
 
@@ -266,21 +267,8 @@ def test_batches_are_the_same_with_a_thread_in_each_worker(folder, tmp_path, wor
     assert not list(tmp_path.glob("*.part"))
 
 
-class Failing(LocalFolder):
-    """Begins to bring a file, then waits and fails."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.begun, self.may_end = threading.Event(), threading.Event()
-
-    def download(self, name, receiver):
-        self.begun.set()
-        assert self.may_end.wait(60)
-        raise UserError("out of reach")
-
-
 def test_a_child_forked_during_a_download_keeps_no_lock(folder, tmp_path):
-    entry, source = read_index(folder).shards[0], Failing(folder)
+    entry, source = read_index(folder).shards[0], FailingFolder(folder)
     failing = threading.Thread(target=lambda: pytest.raises(UserError, StagingCache(tmp_path, 1).open, source, entry))
     failing.start()
     assert source.begun.wait(60)

@@ -7,6 +7,7 @@ import os
 import threading
 
 import pytest
+from held_folder import FailingFolder, HeldFolder
 from tiny_shards import write_set
 
 from mstkd.data.remote import LocalFolder
@@ -68,19 +69,6 @@ def test_a_copy_that_was_cut_is_fetched_again(folder, entries, tmp_path):
         assert file.read() == (folder / entries[0].file).read_bytes()
 
 
-class Waiting(LocalFolder):
-    """Begins to bring a file, then waits until it may go on."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.begun, self.may_end = threading.Event(), threading.Event()
-
-    def download(self, name, receiver):
-        self.begun.set()
-        assert self.may_end.wait(60)
-        super().download(name, receiver)
-
-
 def opened_in_thread(cache, source, entry):
     thread = threading.Thread(target=lambda: cache.open(source, entry).close())
     thread.start()
@@ -88,7 +76,7 @@ def opened_in_thread(cache, source, entry):
 
 
 def test_two_tars_are_brought_at_a_time_if_there_is_room_for_both(folder, entries, tmp_path):
-    slow = Waiting(folder)
+    slow = HeldFolder(folder)
     thread = opened_in_thread(cache_of(tmp_path, entries, 2), slow, entries[0])
     assert slow.begun.wait(60)
     cache_of(tmp_path, entries, 2).open(LocalFolder(folder), entries[1]).close()  # does not wait for the other
@@ -99,7 +87,7 @@ def test_two_tars_are_brought_at_a_time_if_there_is_room_for_both(folder, entrie
 
 
 def test_without_room_for_both_the_second_waits_and_the_limit_holds(folder, entries, tmp_path):
-    slow = Waiting(folder)
+    slow = HeldFolder(folder)
     first = opened_in_thread(cache_of(tmp_path, entries, 1), slow, entries[0])
     assert slow.begun.wait(60)
     second = opened_in_thread(cache_of(tmp_path, entries, 1), LocalFolder(folder), entries[1])
@@ -112,13 +100,7 @@ def test_without_room_for_both_the_second_waits_and_the_limit_holds(folder, entr
 
 
 def test_who_waited_in_vain_brings_it_himself(folder, entries, tmp_path):
-    class Failing(Waiting):
-        def download(self, name, receiver):
-            self.begun.set()
-            assert self.may_end.wait(60)
-            raise UserError("out of reach")
-
-    slow, failed = Failing(folder), []
+    slow, failed = FailingFolder(folder), []
 
     def open_failing():
         try:

@@ -41,4 +41,6 @@ def _plain_address(address: str) -> bool:
     except ValueError:
         return False
     chained = "::" in re.sub(r"\[[0-9A-Fa-f:.]+\]", "", parts.netloc) + parts.path + parts.query + parts.fragment
-    return bool(host) and not chained and not parts.fragment and (parts.scheme.lower() == "s3" or "@" not in parts.path) and " " not in address and ".." not in parts.path.split("/")
+    steps_out = ".." in parts.path.split("/")
+    cut_password = "@" in parts.path and parts.scheme.lower() != "s3"  # a slash in it ends the host too early
+    return bool(host) and not (chained or parts.fragment or cut_password or steps_out or " " in address)

@@ -66,7 +66,8 @@ class StagingCache:
                     return _marked(copy)
                 copy.close()
                 log.warning("%s: not of the size that index.json says; it is fetched again", staged)
-                staged.unlink(missing_ok=True)
+                with self._locked():  # others may be looking at what there is
+                    staged.unlink(missing_ok=True)
             except FileNotFoundError:
                 pass
             with self._locked():
