@@ -106,6 +106,22 @@ def test_splits_that_are_there_are_kept(samples, tmp_path):
         index_foreign(folder, "phantom", splits=tmp_path / "mine.json")
 
 
+def test_the_range_of_z_scores_is_that_of_the_voxels_whatever_the_meta_data_claim(samples, tmp_path):
+    def far(payload):
+        told = json.loads(payload)
+        for stats in told["stats"].values():
+            stats["max"] = stats["mean"] + 1000 * stats["std"]
+        return json.dumps(told).encode()
+
+    fingerprints = []
+    for name, change in (("told", lambda payload: payload), ("claimed", far)):
+        members = [(member, change(payload) if member.endswith("meta.json") else payload) for member, payload in members_of(samples)]
+        index_foreign(write_tars(tmp_path / name, members), "phantom")
+        found = json.loads((tmp_path / name / "fingerprint.json").read_text())["sequences"]
+        fingerprints.append({sequence: facts["z_score"] for sequence, facts in found.items()})
+    assert len(fingerprints[0]) == 4 and fingerprints[0] == fingerprints[1]
+
+
 def test_two_patients_need_explicit_splits(samples, tmp_path):
     folder, mine = write_tars(tmp_path / "set", members_of(samples[:2])), tmp_path / "mine.json"
     with pytest.raises(UserError, match=r"2 patient\(s\): too few .* --splits FILE"):
