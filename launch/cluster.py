@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mstkd.config import Section, nearest, read_yaml, validate_section
+from mstkd.config import Section
 from mstkd.errors import UserError
+from mstkd.recipe import nearest, read_yaml, validate_section
 
 
 OWN_OPTIONS = frozenset(

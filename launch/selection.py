@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from mstkd.config import nearest
 from mstkd.errors import UserError
 from mstkd.launch.status import UNREADABLE, RunFiles
+from mstkd.recipe import nearest
 
 
 @dataclass(frozen=True)

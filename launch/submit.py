@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mstkd.config import RunConfig, load_config, parse_override
+from mstkd.config import RunConfig, load_config
 from mstkd.errors import UserError
 from mstkd.launch.batch import sbatch_parameters
 from mstkd.launch.cluster import Cluster, packaged_slurm
@@ -18,6 +18,7 @@ from mstkd.launch.queue import look_up
 from mstkd.launch.snapshot import take_snapshot
 from mstkd.launch.status import read_run
 from mstkd.launch.verdict import Task, write_tasks
+from mstkd.recipe import parse_override
 
 
 @dataclass(frozen=True)

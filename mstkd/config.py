@@ -4,15 +4,13 @@ Everything but `method:` is checked here, without loading torch; `method:` is ch
 model once its file is imported (`mstkd.methods.build`).
 """
 
-import difflib
-import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from mstkd.errors import UserError
+from mstkd.recipe import assign, find_recipe, parse_override, read_yaml, validate_section
 
 
 class Section(BaseModel):
@@ -73,6 +71,7 @@ class DataConfig(Section):
     fold: int = Field(0, ge=0)
     crop: tuple[int, int, int]  # (X, Y, Z) voxels
     foreground_share: float = Field(0.0, ge=0, le=1)  # share of crops centred on a labelled voxel; the rest uniform
+    crops: Literal["fresh", "fixed"] = "fresh"  # fixed: an item's crop and augmentation are the same in every epoch
     augment: AugmentConfig = AugmentConfig()
     workers: int = Field(2, ge=0)  # loader processes per rank
     shuffle_window: int = Field(4, ge=1)  # tars whose subjects are mixed
@@ -91,16 +90,24 @@ class DataConfig(Section):
         return values
 
 
+class OffloadConfig(Section):
+    """What lives in host memory instead of the accelerator's (DeepSpeed's ZeRO-Offload)."""
+
+    optimizer: bool = False  # moments and fp32 update; ZeRO 1-3
+    parameters: bool = False  # ZeRO 3
+
+
 class RoleConfig(Section):
-    """Overrides of what the method declares for one role."""
+    """Overrides of what the method declares, and `train` says, for one role."""
 
     optimizer: OptimizerConfig | None = None
     schedule: ScheduleConfig | None = None
     zero_stage: Literal[0, 1, 2, 3] | None = None
+    offload: OffloadConfig | None = None
     gradient_clipping: float | None = Field(None, ge=0)
 
 
-Precision = Literal["fp32", "bf16", "fp16"]  # bf16, fp16: autocast over fp32 weights; fp16 for inference alone so far
+Precision = Literal["fp32", "bf16", "fp16"]  # bf16, fp16: autocast over fp32 weights; fp16 with a dynamic loss scale
 
 
 class TrainConfig(Section):
@@ -110,6 +117,11 @@ class TrainConfig(Section):
     epochs: float | None = Field(None, gt=0)
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: OffloadConfig = OffloadConfig()
+    recompute: bool = False  # activation checkpointing of the method's blocks: less memory, one more forward
+    compile: bool = False  # torch.compile of every network
+    deterministic: bool = False  # the same bits in every run on the same machine; slower on GPUs
+    deepspeed: dict[str, Any] = {}  # or the path of a DeepSpeed JSON file; "auto" is filled in from the keys above
     gradient_clipping: float = Field(0.0, ge=0)  # global L2 norm; 0 = off
     max_skipped: int = Field(5, ge=0)  # consecutive non-finite steps before the run stops
     log_every: int = Field(10, ge=1)
@@ -138,6 +150,8 @@ class CheckpointConfig(Section):
     every_steps: int = Field(500, ge=1)
     every_min: float | None = Field(30.0, gt=0)  # also after this much time
     keep: int = Field(2, ge=1)  # newest k, besides the best
+    keep_every: int | None = Field(None, ge=1)  # and those of every n-th step
+    on_failure: Literal["stop", "continue"] = "stop"  # when one cannot be written (disk full); the last sound one stays
 
 
 class WatchdogConfig(Section):
@@ -182,6 +196,21 @@ class TrackingConfig(Section):
     identify: bool = False  # let subject keys, host and user into MLflow
 
 
+class TeacherConfig(Section):
+    """Frozen networks: those that a stage takes from an earlier one, or from outside."""
+
+    path: str | None = None  # a run folder or a safetensors file; the stages that would train them are then left out
+    network: str | None = None  # which network of `path`; default: the one of the same name, or the only one there
+    placement: Literal["replicate", "zero3", "cpu"] = "replicate"
+    """replicate: whole on every rank. zero3: cut over the ranks, gathered layer by layer. cpu: as zero3, the parts in host memory."""
+    cache_dir: str | None = None  # node-local folder for its outputs; needs data.crops=fixed
+    cache_gib: float = Field(20.0, gt=0)
+
+
+class ProfileConfig(Section):
+    steps: str | None = Field(None, pattern=r"^\d+(-\d+)?$")  # e.g. 10-12: a torch profiler trace of these updates of each stage
+
+
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = Field(0, ge=0)
@@ -192,12 +221,14 @@ class RunConfig(Section):
     stages: list[str] | None = None  # default: all of the method's
     data: DataConfig
     train: TrainConfig
+    teacher: TeacherConfig = TeacherConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     inference: InferenceConfig = InferenceConfig()
     validation: ValidateConfig = Field(ValidateConfig(), alias="validate")  # pydantic owns the name `validate`
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
+    profile: ProfileConfig = ProfileConfig()
     _origin: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
@@ -222,25 +253,6 @@ class RunConfig(Section):
         return self._origin
 
 
-def recipe_folder() -> Path:
-    """Where the packaged recipes lie (package data of mstkd.launch)."""
-    return Path(importlib.util.find_spec("mstkd.launch").origin).parent / "recipes"
-
-
-def find_recipe(recipe: str) -> Path:
-    """The recipe file called `recipe` (packaged) or at the path `recipe`."""
-    path = Path(recipe)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"recipe {recipe}: no such file")
-        return path
-    packaged = recipe_folder() / f"{recipe}.yaml"
-    if packaged.is_file():
-        return packaged
-    names = sorted(p.stem for p in recipe_folder().glob("*.yaml"))
-    raise UserError(f"recipe {recipe}: no such packaged recipe{nearest(recipe, names)}; or give the path of a file ending in .yaml")
-
-
 def load_config(recipe: str, overrides: list[str] = ()) -> RunConfig:
     """Defaults <- recipe file <- dotted overrides ("train.steps=100"). Raises UserError."""
     return read_recipe(find_recipe(recipe), overrides)
@@ -252,7 +264,7 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> RunConfig:
     origin = {key: f"{path.name}:{line}" for key, line in lines.items()}
     for override in overrides:
         key, value = parse_override(override)
-        _assign(values, key, value, override)
+        assign(values, key, value, override)
         origin = {k: v for k, v in origin.items() if k != key and not k.startswith(key + ".")}
         origin[key] = f"override {override!r}"
     config = validate_section(RunConfig, values, "", path.name, origin)
@@ -260,92 +272,6 @@ def read_recipe(path: Path, overrides: list[str] = ()) -> RunConfig:
     return config
 
 
-def parse_override(override: str) -> tuple[str, Any]:
-    """("train.steps", 100) from "train.steps=100"; the value is read as YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"override {override!r}: write it as key=value, e.g. train.steps=100")
-    try:
-        return key.strip(), yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
-
-
-def read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
-    """A YAML mapping and the line of every dotted key in it."""
-    try:
-        text = path.read_text()
-        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path.name}:{mark.line + 1 if mark else '?'}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path.name}: not a text file in UTF-8; save it as one") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path.name}: expected a mapping of keys to values")
-    return values, dict(_key_lines(node, ""))
-
-
-def validate_section(model: type[BaseModel], values: dict, prefix: str, source: str, origin: dict[str, str] | None = None) -> Any:
-    """`model` from `values`; the first problem becomes one UserError naming key, place and nearest valid key."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        # a misspelt key is reported before the one that is missing because of it
-        problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in (*([prefix] if prefix else []), *problem["loc"]))
-        place = _place(key, source, origin or {})
-        if problem["type"] == "extra_forbidden":
-            valid = _valid_keys(model, problem["loc"][:-1])
-            raise UserError(f"{place}: unknown key {key}{nearest(str(problem['loc'][-1]), valid)}") from None
-        message = problem["msg"].removeprefix("Value error, ")
-        changed = [where for at, where in (origin or {}).items() if at.startswith(f"{key}.") and where.startswith("override")]
-        place = ", ".join([place, *changed])
-        given = f" (given: {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
-        raise UserError(f"{place}: {key + ': ' if key else ''}{message}{given}") from None
-
-
 def resolved(config: RunConfig) -> dict:
     """The whole configuration as plain data, with the names that a recipe uses."""
     return config.model_dump(mode="json", by_alias=True)
-
-
-def _assign(values: dict, key: str, value: Any, override: str) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise UserError(f"override {override!r}: {parent} holds a value, not keys")
-    values[last] = value
-
-
-def _key_lines(node: yaml.Node | None, prefix: str):
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            dotted = f"{prefix}{key.value}"
-            yield dotted, key.start_mark.line + 1
-            yield from _key_lines(value, dotted + ".")
-
-
-def _place(key: str, source: str, origin: dict[str, str]) -> str:
-    parts = key.split(".")
-    for n in range(len(parts), 0, -1):  # a missing key is reported at its parent
-        if ".".join(parts[:n]) in origin:
-            return origin[".".join(parts[:n])]
-    return source
-
-
-def _valid_keys(model: type[BaseModel], location: tuple) -> list[str]:
-    for part in location:
-        field = next((f for name, f in model.model_fields.items() if part in (name, f.alias)), None)
-        if field is None:
-            continue  # a list index or a dict key: the model stays
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
-    return [f.alias or name for name, f in model.model_fields.items()]
-
-
-def nearest(word: str, valid: list[str]) -> str:
-    """The end of a message about an unknown word: the valid one it is closest to, else all of them."""
-    match = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; valid here: {', '.join(valid)}"

@@ -28,7 +28,9 @@ RECORDED = ("mstkd", "torch", "deepspeed", "monai", "webdataset", "mlflow", "num
 # The data's bytes are compared by digest, so that a shard set may move.
 FREE = ("resume", "runs_dir", "stages", "data.shards.*.path", "data.workers", "data.cache_dir", "data.cache_gib", "data.max_bad_samples",
         "data.on_bad_sample", "data.verify_sha256",
-        "train.log_every", "train.max_skipped", "checkpoint", "validate.every_steps", "inference", "evaluate", "tracking", "watchdog")  # fmt: skip
+        "train.log_every", "train.max_skipped", "train.recompute", "checkpoint", "profile",
+        "teacher.path", "teacher.placement", "teacher.cache_dir", "teacher.cache_gib",  # the weights are compared by sha256
+        "validate.every_steps", "inference", "evaluate", "tracking", "watchdog")  # fmt: skip
 
 
 def open_run(config: RunConfig) -> None:

@@ -26,8 +26,9 @@ from mstkd.engine.checkpoint import Checkpoints, is_finished
 from mstkd.engine.distributed import agreed, barrier, from_all, on_main
 from mstkd.engine.environment import Ranks, resolve_environment, slurm_job
 from mstkd.engine.heartbeat import Heartbeat
+from mstkd.engine.stage import Stage
 from mstkd.engine.stop import StopFlag, stop_signals, weightier
-from mstkd.engine.trainer import Stage, Trainer
+from mstkd.engine.trainer import Trainer
 from mstkd.engine.warm_start import warm_start
 from mstkd.errors import FailedElsewhereError, TrainingError, UserError
 from mstkd.evaluate.overlap import refuse_overlap

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from mstkd.config import read_yaml, validate_section
 from mstkd.errors import UserError
+from mstkd.recipe import read_yaml, validate_section
 from mstkd.shards.cases import Case, find_cases
 from mstkd.shards.patterns import NIFTI, SUBJECT, FilePattern, Volume
 from mstkd.shards.scheme_check import check_scheme

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from mstkd.config import validate_section
 from mstkd.errors import UserError
+from mstkd.recipe import validate_section
 from mstkd.shards.dataset import DatasetSpec
 from mstkd.shards.patterns import NIFTI, FilePattern
 

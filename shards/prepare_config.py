@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mstkd.config import read_yaml, validate_section
 from mstkd.errors import UserError
+from mstkd.recipe import read_yaml, validate_section
 from mstkd.shards.spec import Strict
 
 NAME = re.compile(r"[A-Za-z0-9_]+")

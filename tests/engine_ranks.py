@@ -14,8 +14,9 @@ from mstkd.engine.checkpoint import Checkpoints
 from mstkd.engine.distributed import on_main
 from mstkd.engine.environment import resolve_environment
 from mstkd.engine.heartbeat import Heartbeat
+from mstkd.engine.stage import Stage
 from mstkd.engine.stop import StopFlag, Stopped
-from mstkd.engine.trainer import Stage, Trainer
+from mstkd.engine.trainer import Trainer
 from mstkd.errors import FailedElsewhereError, UserError
 from mstkd.shards.spec import LABEL_SCHEMES
 from mstkd.track import NullTracker
@@ -107,9 +108,9 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         finished = trainer.fit()
     except (FailedElsewhereError, UserError) as error:
         return f"{type(error).__name__}: {error}"
-    whole = trainer._whole_method()
+    whole = trainer.keeper.whole.method()
     weights = {name: {k: v.numpy().copy() for k, v in net.state_dict().items()} for name, net in whole.networks.items()}
     for engine in engines.values():
         engine.destroy()
     state = vars(trainer.state)
-    return {"rows": trainer.tracker.rows, "weights": weights, "finished": finished, "state": state, "step": state["step"], "skipped": trainer._skipped}
+    return {"rows": trainer.tracker.rows, "weights": weights, "finished": finished, "state": state, "step": state["step"], "skipped": trainer.update.skipped}

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
-from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, validate_section
+from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig
 from mstkd.errors import UserError
+from mstkd.recipe import validate_section
 from mstkd.shards.spec import LabelScheme
 
 

@@ -1,0 +1,72 @@
+"""One update: a global batch through every role that is due."""
+
+import logging
+
+from torch import Tensor
+
+from mstkd.batch import Progress, StepOutput
+from mstkd.engine import seeding
+from mstkd.engine.backend import RoleEngine
+from mstkd.engine.environment import Ranks
+from mstkd.engine.frozen import frozen
+from mstkd.engine.meter import Meter
+from mstkd.engine.schedule import lr_factor
+from mstkd.engine.stage import MicroBatches, Stage
+from mstkd.errors import TrainingError
+
+log = logging.getLogger(__name__)
+
+
+class Update:
+    """Called once per step; counts the updates that non-finite gradients made it skip."""
+
+    def __init__(self, stage: Stage, ranks: Ranks):
+        self.stage, self.ranks = stage, ranks
+        self.skipped = self._skipped_in_a_row = 0
+
+    def __call__(self, micro_batches: MicroBatches, progress: Progress, meter: Meter) -> None:
+        """Every role that is due runs all its micro-batches and updates, in the declared order.
+
+        Raises TrainingError after more than `train.max_skipped` skipped updates in a row.
+        """
+        micro_batches = [(j, batch.to(self.ranks.device)) for j, batch in micro_batches]
+        carry: dict[int, dict[str, Tensor]] = {j: {} for j, _ in micro_batches}
+        applied = True
+        for engine in self.stage.engines.values():
+            if (progress.step + 1) % engine.role.every == 0:
+                applied &= self._run_role(engine, micro_batches, carry, progress, meter)
+        self._count_skip(applied, progress.step)
+
+    def _run_role(self, engine: RoleEngine, micro_batches: MicroBatches, carry: dict[int, dict], progress: Progress, meter: Meter) -> bool:
+        engine.set_lr_factor(lr_factor(engine.schedule, progress))
+        borrowed = [self.stage.method.networks[name] for name in engine.role.borrows]
+        outputs: list[StepOutput] = []
+        for j, batch in micro_batches:
+            seeding.reseed(self.stage.config.seed, progress.step, engine.name, j)
+            with frozen(borrowed):
+                output = engine.forward_backward(batch, carry[j], progress)
+            applied = engine.step()
+            carry[j] |= output.carry
+            outputs.append(StepOutput(output.loss.detach(), output.scalars))
+        if not applied:
+            self._report_non_finite(engine.name, outputs, progress.step)
+            return False
+        for output in outputs:
+            meter.add({f"train/{name}": value for name, value in output.scalars.items()})
+            meter.add({f"train/loss_{engine.name}": output.loss})
+        return True
+
+    def _report_non_finite(self, role: str, outputs: list[StepOutput], step: int) -> None:
+        terms = sorted({name for o in outputs for name, value in {"loss": o.loss, **o.scalars}.items() if not value.isfinite().all()})
+        named = ", ".join(terms) or "none on this rank; the gradient is"
+        log.error("step %d, role %s: update skipped, non-finite: %s", step, role, named)
+
+    def _count_skip(self, applied: bool, step: int) -> None:
+        self.skipped += not applied
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        limit = self.stage.config.train.max_skipped
+        if self._skipped_in_a_row > limit:
+            raise TrainingError(
+                f"step {step}: {self._skipped_in_a_row} non-finite updates in a row (train.max_skipped {limit}); "
+                "lower the learning rate, use train.precision=fp32 or look at the terms named above"
+            )

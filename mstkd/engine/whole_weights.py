@@ -1,0 +1,41 @@
+"""Whole weights of a stage's networks, also where ZeRO-3 has cut them over the ranks."""
+
+from pathlib import Path
+
+from safetensors.torch import save
+
+from mstkd.engine.environment import Ranks
+from mstkd.engine.stage import Stage
+from mstkd.methods import Method
+
+
+class WholeWeights:
+    def __init__(self, stage: Stage, ranks: Ranks):
+        self.stage, self.ranks = stage, ranks
+        self._copy: Method | None = None
+
+    def method(self) -> Method:
+        """The method with full weights: itself, or under ZeRO-3 a plain copy, whose forwards need no other rank. Collective."""
+        if all(engine.zero_stage < 3 for engine in self.stage.engines.values()):
+            return self.stage.method
+        if self._copy is None:
+            self._copy = self.stage.plain_copy()
+            for network in self._copy.networks.values():
+                network.to(self.ranks.device)
+        for engine in self.stage.engines.values():
+            with engine.whole_weights():
+                for name in engine.role.networks:
+                    self._copy.networks[name].load_state_dict(self.stage.method.networks[name].state_dict())
+        return self._copy
+
+    def write(self, folder: Path) -> None:
+        """<role>.safetensors: what evaluate, predict, export and later stages read. Collective."""
+        for role, engine in self.stage.engines.items():
+            with engine.whole_weights():
+                if self.ranks.main:
+                    weights = {
+                        f"{name}.{key}": value.detach().cpu().contiguous().clone()
+                        for name in engine.role.networks
+                        for key, value in self.stage.method.networks[name].state_dict().items()
+                    }
+                    (folder / f"{role}.safetensors").write_bytes(save(weights))  # save_file makes files for the owner alone
