@@ -208,7 +208,14 @@ class TeacherConfig(Section):
 
 
 class ProfileConfig(Section):
-    steps: str | None = Field(None, pattern=r"^\d+(-\d+)?$")  # e.g. 10-12: a torch profiler trace of these updates of each stage
+    steps: str | None = Field(None, pattern=r"^\d+(-\d+)?$", coerce_numbers_to_str=True)  # e.g. 10-12: a torch profiler trace of these updates of each stage
+
+    @model_validator(mode="after")
+    def _forwards(self) -> "ProfileConfig":
+        first, _, last = (self.steps or "1").partition("-")
+        if not 1 <= int(first) <= int(last or first):
+            raise ValueError(f"profile.steps {self.steps}: give one update or a range, counted from 1, e.g. 10-12")
+        return self
 
 
 class RunConfig(Section):

@@ -27,6 +27,7 @@ from mstkd.engine.distributed import agreed, barrier, from_all, on_main
 from mstkd.engine.environment import Ranks, resolve_environment, slurm_job
 from mstkd.engine.heartbeat import Heartbeat
 from mstkd.engine.stage import Stage
+from mstkd.engine.startup import Startup
 from mstkd.engine.stop import StopFlag, stop_signals, weightier
 from mstkd.engine.trainer import Trainer
 from mstkd.engine.warm_start import warm_start
@@ -46,13 +47,17 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
     Collective: every rank calls it with the same configuration. Raises UserError on bad input, TrainingError when
     the loss stays non-finite.
     """
+    startup = Startup()
+    startup.reached("imports")
     ranks = resolve_environment()
     backend.check_precision(config.train.precision, ranks.device)
     config.train.accumulation(ranks.world)
     methods.read_config(config.method, config.origin)
     backend.start(ranks, config.watchdog)
+    startup.reached("process_group")
     with agreed(ranks):
         run = prepare(config, ranks)
+    startup.reached("data_and_networks")
     on_main(lambda: refuse_overlap(run.training.stores, config.data), ranks)
     on_main(lambda: run_folder.open_run(run.config), ranks)
     if on_main(lambda: all(is_finished(config.run_dir / name / "checkpoints") for name in run.stages), ranks):
@@ -65,7 +70,8 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
         _ending(heartbeat) as ending,
         _trackers(run, attempt) as tracker,
     ):
-        ending.stopped_by = _train_stages(run, tracker, stop, heartbeat)
+        startup.reached("run_folder")
+        ending.stopped_by = _train_stages(run, tracker, stop, heartbeat, startup)
         if ending.stopped_by:
             tracker.finish("KILLED")
     barrier(ranks)  # nobody leaves before rank 0 has closed its trackers: srun ends all when one leaves with a code
@@ -102,10 +108,10 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     return Run(config, method, training, stages, Validation(config, training.stores, ranks), ranks)
 
 
-def _train_stages(run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat) -> str | None:
+def _train_stages(run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat, startup: Startup) -> str | None:
     """Train the stages in order; returns the signal that ended it early, the same on every rank."""
     for name in run.stages:
-        if not _train_stage(name, run, tracker, stop, heartbeat):
+        if not _train_stage(name, run, tracker, stop, heartbeat, startup):
             return functools.reduce(weightier, from_all(stop.reason, run.ranks))
     return None
 
@@ -133,7 +139,7 @@ def total_steps(config: RunConfig, items_per_epoch: int) -> int:
     return -(-round(config.train.epochs * items_per_epoch) // config.train.global_batch)
 
 
-def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat) -> bool:
+def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat, startup: Startup) -> bool:
     """Train one stage to its end; False if stopped before."""
     config, method, ranks, roles = run.config, run.method, run.ranks, run.stages[name]
     sharded = any(role_settings(role, roles[role], config.train).zero_stage for role in roles)
@@ -151,9 +157,10 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbea
         network.to(ranks.device)
     accumulation = config.train.accumulation(ranks.world)
     engines = {role: RoleEngine(role, roles[role], config.train, accumulation, ranks.device) for role in roles}
-    trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop, heartbeat)
+    trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop, heartbeat, startup)
     if resumed:
         trainer.resume(*resumed)
+    startup.reached("engines")
     trainer.tracker = tracker.child(name, start_step=trainer.state.step)
     try:
         finished = trainer.fit()

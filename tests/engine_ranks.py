@@ -26,7 +26,10 @@ SEQUENCES = ("flair", "t1", "t1ce", "t2")
 
 class Recorder(NullTracker):
     def __init__(self):
-        self.rows = []
+        self.rows, self.artifacts = [], []
+
+    def log_artifact(self, path, folder):
+        self.artifacts.append((str(path), folder))
 
     def log_metrics(self, values, step, stage):
         self.rows.append((step, values))
@@ -71,14 +74,14 @@ class Batches:
 
 
 def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
-          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10):  # fmt: skip
+          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10, profile=None, log_every=1):  # fmt: skip
     """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there;
     `bad`: list of (step, rank) whose loader skips a bad sample there."""
     ranks = resolve_environment()
     backend.start(ranks)
     updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping}
     config = toy_config(method, optimizer, {"keep": keep, "every_steps": every_steps}, updates)
-    config.data.max_bad_samples = max_bad_samples
+    config.data.max_bad_samples, config.train.log_every, config.profile.steps, config.runs_dir = max_bad_samples, log_every, profile, str(folder)
     facts = methods.DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], (8, 8, 8))
 
     def build():
@@ -113,4 +116,4 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
     for engine in engines.values():
         engine.destroy()
     state = vars(trainer.state)
-    return {"rows": trainer.tracker.rows, "weights": weights, "finished": finished, "state": state, "step": state["step"], "skipped": trainer.update.skipped}
+    return {"rows": trainer.tracker.rows, "artifacts": trainer.tracker.artifacts, "weights": weights, "finished": finished, "state": state, "step": state["step"], "skipped": trainer.update.skipped}

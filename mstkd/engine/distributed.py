@@ -1,6 +1,11 @@
-"""What ranks say to each other besides gradients."""
+"""What ranks say to each other besides gradients.
+
+On GPUs it goes through a gloo group of its own, from host to host: a vote between two updates must not wait for the
+kernels that are still queued.
+"""
 
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,13 +14,27 @@ from torch import nn
 from mstkd.engine.environment import Ranks
 from mstkd.errors import FailedElsewhereError
 
+_hosts: dist.ProcessGroup | None = None  # None: the default group, which is gloo on CPUs
+
+
+def open_host_group(timeout: timedelta) -> None:
+    """Make the group for what follows. Collective; once per process group."""
+    global _hosts
+    if dist.get_backend() != "gloo" and _hosts is None:
+        _hosts = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def close_host_group() -> None:
+    global _hosts
+    _hosts = None
+
 
 def sums(counts: list[int], ranks: Ranks) -> list[int]:
     """Each count (or flag) summed over the ranks. Collective."""
     if ranks.world == 1:
         return [int(count) for count in counts]
-    votes = torch.tensor([int(count) for count in counts], device=ranks.device)
-    dist.all_reduce(votes)
+    votes = torch.tensor([int(count) for count in counts])
+    dist.all_reduce(votes, group=_hosts)
     return votes.tolist()
 
 
@@ -29,7 +48,7 @@ def from_all(value, ranks: Ranks) -> list:
     if ranks.world == 1:
         return [value]
     values = [None] * ranks.world
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_hosts)
     return values
 
 
@@ -38,7 +57,7 @@ def from_main(value, ranks: Ranks):
     if ranks.world == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=ranks.device if ranks.device.type == "cuda" else None)
+    dist.broadcast_object_list(box, src=0, group=_hosts)
     return box[0]
 
 
@@ -67,8 +86,8 @@ def raise_together(problem: Exception | None, ranks: Ranks) -> None:
             raise problem
         return
     code = getattr(problem, "exit_code", 1)
-    vote = torch.tensor(ranks.world * 256 if problem is None else ranks.rank * 256 + code, device=ranks.device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
+    vote = torch.tensor(ranks.world * 256 if problem is None else ranks.rank * 256 + code)
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=_hosts)
     rank, code = divmod(int(vote), 256)
     if rank == ranks.rank:
         raise problem
@@ -78,7 +97,7 @@ def raise_together(problem: Exception | None, ranks: Ranks) -> None:
 
 def barrier(ranks: Ranks) -> None:
     if ranks.world > 1:
-        dist.barrier()
+        dist.barrier(group=_hosts)
 
 
 def average_buffers(networks: dict[str, nn.Module], ranks: Ranks) -> None:

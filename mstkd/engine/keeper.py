@@ -25,15 +25,16 @@ class Keeper:
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one. Collective."""
-        if self.trainer.state.step in (0, self.trainer.checkpoints.saved_step):
+        trainer = self.trainer
+        if trainer.state.step in (0, trainer.checkpoints.saved_step):
             return
         began = time.perf_counter()
-        self.trainer.heartbeat.at("save")
-        self.trainer.heartbeat.keep_out()
+        trainer.heartbeat.at("save")
+        trainer.heartbeat.keep_out()
         average_buffers(self.stage.trained_networks(), self.ranks)
-        self.trainer.checkpoints.save(self.trainer.state, self._write_roles)
+        trainer.checkpoints.save(trainer.state, self._write_roles)
         self._saved_at = time.monotonic()
-        self.trainer.meter.saved(time.perf_counter() - began)
+        trainer.meter.saved(time.perf_counter() - began)
 
     @property
     def save_overdue(self) -> bool:
@@ -46,27 +47,29 @@ class Keeper:
 
         Raises Stopped if a stop was asked for meanwhile; the resumed run then validates this step first.
         """
-        due = self.trainer.state.step and self.trainer.state.step % self.stage.config.validation.every_steps == 0 or self.trainer.at_end
-        if not due or self.trainer.state.validated_step == self.trainer.state.step:
+        trainer, state = self.trainer, self.trainer.state
+        due = state.step and state.step % self.stage.config.validation.every_steps == 0 or trainer.at_end
+        if not due or state.validated_step == state.step:
             return
         self.save()
         began = time.perf_counter()
         improved = self._validate()
-        self.trainer.state.validated_step, self.trainer.state.finished = self.trainer.state.step, self.trainer.at_end
-        self.trainer.checkpoints.amend(self.trainer.state, self.whole.write if improved else None)
-        self.trainer.meter.pause(time.perf_counter() - began)
+        state.validated_step, state.finished = state.step, trainer.at_end
+        trainer.checkpoints.amend(state, self.whole.write if improved else None)
+        trainer.meter.pause(time.perf_counter() - began)
 
     def _validate(self) -> bool:
         """Score the validation cases; True if this is the best so far. Without cases the newest counts as best."""
+        state = self.trainer.state
         figures = self.stage.validate(self.whole.method(), self._stopping_validation)
         if figures is None:
-            self.trainer.state.best_step = self.trainer.state.step
+            state.best_step = state.step
             return True
-        self.trainer.tracker.log_metrics({f"val/{name}": value for name, value in figures.items()}, self.trainer.state.step, self.stage.name)
+        self.trainer.tracker.log_metrics({f"val/{name}": value for name, value in figures.items()}, state.step, self.stage.name)
         score = figures["score"]
-        log.info("stage %s: step %d: validation Dice %.4f", self.stage.name, self.trainer.state.step, score)
-        if math.isfinite(score) and (self.trainer.state.best_score is None or score > self.trainer.state.best_score):
-            self.trainer.state.best_score, self.trainer.state.best_step = score, self.trainer.state.step
+        log.info("stage %s: step %d: validation Dice %.4f", self.stage.name, state.step, score)
+        if math.isfinite(score) and (state.best_score is None or score > state.best_score):
+            state.best_score, state.best_step = score, state.step
             return True
         return False
 

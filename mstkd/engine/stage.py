@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mstkd.batch import Batch, Progress
 from mstkd.config import RunConfig
@@ -24,6 +25,11 @@ class Stage:
     batches: Callable[[int], Iterable[MicroBatches]]  # from a start step: this rank's micro-batches of each step
     validate: Callable[[Method, Callable[[], bool]], dict[str, float] | None]  # see evaluate.validation.Validation
     plain_copy: Callable[[], Method]  # a method with untrained networks, to hold whole weights under ZeRO-3
+
+    @property
+    def folder(self) -> Path:
+        """The stage's part of the run folder."""
+        return self.config.run_dir / self.name
 
     def progress(self, step: int) -> Progress:
         """Where training stands before the update `step`, counted from 0."""

@@ -1,11 +1,11 @@
 """The training loop of one stage. It knows roles, steps and checkpoints, and no method."""
 
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mstkd.engine.backend import timed_collectives
 from mstkd.engine.checkpoint import Checkpoints, TrainState
 from mstkd.engine.distributed import raise_together, sums
 from mstkd.engine.environment import Ranks
@@ -14,7 +14,9 @@ from mstkd.engine.heartbeat import Heartbeat
 from mstkd.engine.keeper import Keeper
 from mstkd.engine.meter import Meter
 from mstkd.engine.stage import MicroBatches, Stage
+from mstkd.engine.startup import Startup
 from mstkd.engine.stop import StopFlag, Stopped
+from mstkd.engine.trace import Trace
 from mstkd.engine.update import Update
 from mstkd.errors import UserError
 from mstkd.track import Tracker
@@ -30,12 +32,14 @@ class Trainer:
     tracker: Tracker
     stop: StopFlag
     heartbeat: Heartbeat
+    startup: Startup = field(default_factory=Startup)
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self):
         self.meter = Meter(self.ranks)
         self.update = Update(self.stage, self.ranks)
         self.keeper = Keeper(self)
+        self.trace = Trace(self.stage.config.profile.steps, self.stage.folder / "profile", self.ranks)
 
     def resume(self, folder: Path, state: TrainState) -> None:
         """Continue from a sound checkpoint. Collective."""
@@ -50,36 +54,51 @@ class Trainer:
         self.heartbeat.at("data", stage=self.stage.name, step=self.state.step, total_steps=self.stage.total_steps)
         self._source, self._counted = self.stage.batches(self.state.step), 0
         batches = iter(self._source)
-        self.meter = Meter(self.ranks)
         try:
             self.keeper.validate_if_due()  # a stop may have come before this step's validation was done
-            while self.state.step < self.stage.total_steps:
-                micro_batches = self._next(batches)
-                self.heartbeat.at("step")
-                self.update(micro_batches, self.stage.progress(self.state.step), self.meter)
-                self.state.step += 1
-                self.heartbeat.at("step", step=self.state.step)
-                self.meter.step_done()
-                self._housekeeping()
+            self.meter.restart()
+            with timed_collectives(self.meter.clock):
+                while self.state.step < self.stage.total_steps:
+                    self._step(batches)
+                    self._housekeeping()
         except Stopped:
             if self.meter.steps:
                 self._log_figures()
             log.warning("stage %s: stopped by %s after step %d; saved", self.stage.name, self.stop.reason or "another rank", self.state.step)
             return False
+        finally:
+            self._keep_trace(self.trace.close())
         return True
+
+    def _step(self, batches: Iterator[MicroBatches]) -> None:
+        """Wait for data, agree with the other ranks, update."""
+        self.trace.before(self.state.step + 1)
+        micro_batches = self._next(batches)
+        self.heartbeat.at("step")
+        self.update(micro_batches, self.stage.progress(self.state.step), self.meter)
+        self.state.step += 1
+        self.heartbeat.at("step", step=self.state.step)
+        self.meter.step_done()
+        self._keep_trace(self.trace.after(self.state.step))
+        if figures := self.startup.first_update():
+            self.tracker.log_metrics(figures, self.state.step, self.stage.name)
+
+    def _keep_trace(self, path: Path | None) -> None:
+        if path is not None and self.ranks.main:
+            self.tracker.log_artifact(path, f"profile/{self.stage.name}")
 
     def _next(self, batches: Iterator[MicroBatches]) -> MicroBatches:
         """The next step's micro-batches, once all ranks have theirs; saves first if asked to or if one has none.
 
         Raises Stopped if any rank was told to stop: between two updates, where all ranks can save together.
         """
-        began, micro_batches, problem = time.perf_counter(), [], None
+        micro_batches, problem = [], None
         self.heartbeat.at("data")
-        try:
-            micro_batches = next(batches)
-        except Exception as error:
-            problem = error
-        self.meter.waited(time.perf_counter() - began)
+        with self.meter.clock.part("data_wait"):
+            try:
+                micro_batches = next(batches)
+            except Exception as error:
+                problem = error
         self.heartbeat.at("agree")
         votes = [problem is not None, bool(self.stop), self.keeper.save_overdue, self._newly_skipped()]
         failed, stopping, save, skipped = sums(votes, self.ranks)

@@ -1,8 +1,11 @@
 """One update: a global batch through every role that is due."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mstkd.batch import Progress, StepOutput
 from mstkd.engine import seeding
@@ -23,6 +26,7 @@ class Update:
     def __init__(self, stage: Stage, ranks: Ranks):
         self.stage, self.ranks = stage, ranks
         self.skipped = self._skipped_in_a_row = 0
+        self._flops: dict[str, int] = {}  # of one micro-batch, by role
 
     def __call__(self, micro_batches: MicroBatches, progress: Progress, meter: Meter) -> None:
         """Every role that is due runs all its micro-batches and updates, in the declared order.
@@ -43,9 +47,13 @@ class Update:
         outputs: list[StepOutput] = []
         for j, batch in micro_batches:
             seeding.reseed(self.stage.config.seed, progress.step, engine.name, j)
-            with frozen(borrowed):
-                output = engine.forward_backward(batch, carry[j], progress)
-            applied = engine.step()
+            with frozen(borrowed), self._flops_counted(engine.name, meter):
+                with meter.clock.part("forward"):
+                    output = engine.forward(batch, carry[j], progress)
+                with meter.clock.part("backward"):
+                    engine.backward(output.loss)
+            with meter.clock.part("optimizer_step"):
+                applied = engine.step()
             carry[j] |= output.carry
             outputs.append(StepOutput(output.loss.detach(), output.scalars))
         if not applied:
@@ -55,6 +63,20 @@ class Update:
             meter.add({f"train/{name}": value for name, value in output.scalars.items()})
             meter.add({f"train/loss_{engine.name}": output.loss})
         return True
+
+    @contextmanager
+    def _flops_counted(self, role: str, meter: Meter) -> Iterator[None]:
+        """Counts a role's first micro-batch; the others take as many. What is computed anew in the backward pass counts, too."""
+        if self.stage.config.train.compile:  # inside a compiled network nothing can be counted
+            yield
+            return
+        if role not in self._flops:
+            with FlopCounterMode(display=False) as counter:
+                yield
+            self._flops[role] = counter.get_total_flops()
+        else:
+            yield
+        meter.computed(self._flops[role])
 
     def _report_non_finite(self, role: str, outputs: list[StepOutput], step: int) -> None:
         terms = sorted({name for o in outputs for name, value in {"loss": o.loss, **o.scalars}.items() if not value.isfinite().all()})

@@ -8,6 +8,7 @@ import torch
 
 from mstkd.config import WatchdogConfig
 from mstkd.engine.backend.library import deepspeed
+from mstkd.engine.distributed import close_host_group, open_host_group
 from mstkd.engine.environment import Ranks
 from mstkd.engine.jit_cache import JitCache, one_builder, place_caches
 from mstkd.errors import UserError
@@ -29,6 +30,7 @@ def start(ranks: Ranks, watchdog: WatchdogConfig = WatchdogConfig()) -> None:
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     timeout = timedelta(minutes=watchdog.collective_min)  # rank 0 may hash or copy for longer than DeepSpeed's 10 minutes
     deepspeed().init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    open_host_group(timeout)
 
 
 def _compile_collectives(cache: JitCache) -> None:
@@ -53,4 +55,5 @@ def _compile_collectives(cache: JitCache) -> None:
 
 def shutdown() -> None:
     if torch.distributed.is_initialized():
+        close_host_group()
         torch.distributed.destroy_process_group()

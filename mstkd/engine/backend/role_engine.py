@@ -30,18 +30,21 @@ class RoleEngine:
             config=deepspeed_config(settings, train, accumulation, sum(p.numel() for p in parameters)),
         )
         self._base_lr = self.optimizer.lr
+        self._norm: Tensor | None = None  # of the gradients, where DeepSpeed keeps none
 
     def set_lr_factor(self, factor: float) -> float:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self._base_lr * factor
         return self._base_lr * factor
 
-    def forward_backward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
-        """One micro-batch: loss and gradients. The engine must be stepped after each one (`step`)."""
+    def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
+        """The loss of one micro-batch; `backward` and `step` must follow."""
         self._engine.module.train()
-        output = self._engine(batch, carry, progress)
-        self._engine.backward(output.loss)
-        return output
+        return self._engine(batch, carry, progress)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, reduced over the ranks when its ZeRO stage does so."""
+        self._engine.backward(loss)
 
     def step(self) -> bool:
         """Close a micro-batch; at the accumulation boundary update. False if non-finite gradients made it skip (on all ranks)."""
@@ -57,10 +60,13 @@ class RoleEngine:
 
     def _gradients_finite(self) -> bool:
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self._norm = torch.linalg.vector_norm(norms)
+        return bool(norms.isfinite().all())
 
     def gradient_norm(self) -> float | None:
-        norm = self._engine.get_global_grad_norm()
+        """Of the newest update, before clipping; None before the first one."""
+        norm = self._norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def save(self, folder: Path) -> None:
