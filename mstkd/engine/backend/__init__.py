@@ -3,5 +3,6 @@
 from mstkd.engine.backend.process_group import shutdown, start
 from mstkd.engine.backend.role_engine import RoleEngine
 from mstkd.engine.backend.settings import check_precision, role_settings
+from mstkd.engine.backend.universal import convert
 
-__all__ = ["RoleEngine", "check_precision", "role_settings", "shutdown", "start"]
+__all__ = ["RoleEngine", "check_precision", "convert", "role_settings", "shutdown", "start"]
