@@ -80,7 +80,7 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
           clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10, no_room=ROOM, **checkpoint):  # fmt: skip
     """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there;
     `bad`: list of (step, rank) whose loader skips a bad sample there; `no_room`: after these (step, rank) no file of that rank may
-    become longer than so many bytes (a real error of the system). Other words are keys of the recipe's `checkpoint`."""
+    become longer than so many bytes, and in the validations `in_validation` (a real error of the system). Other words are keys of the recipe's `checkpoint`."""
     ranks = resolve_environment()
     backend.start(ranks)
     updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping}
@@ -99,6 +99,8 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
     def validate(whole, stopping):
         if trainer.state.step == stop_in_validation_at and not ranks.main:
             stop.reason = "SIGUSR2"
+        if [trainer.state.step, ranks.rank] in no_room.get("in_validation", []):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (no_room["bytes"], resource.RLIM_INFINITY))
         if stopping():
             raise Stopped
         if not best:

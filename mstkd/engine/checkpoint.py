@@ -136,7 +136,7 @@ class Checkpoints:
             if self.ranks.main:
                 with files.guarded():
                     publish(files.folder, checksums(files.folder, {name: digest for _, sha256 in told for name, digest in sha256.items()}))
-            problem = from_main(files.problem, self.ranks)
+            problem = from_main(files.problem and f"rank 0: {files.problem}", self.ranks)
         if self.ranks.main:
             if problem is None:
                 self._prune()

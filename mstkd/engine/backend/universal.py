@@ -5,14 +5,14 @@ folder per parameter. It leaves out what no optimiser trains: buffers, which are
 """
 
 import argparse
-import io
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
+
+from mstkd.engine.backend.library import silenced
 
 
 def convert(source: Path, target: Path) -> None:
@@ -25,7 +25,7 @@ def convert(source: Path, target: Path) -> None:
             input_folder=str(_with_moments(source, Path(scratch))), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
             keep_temp_folder=False, strict=True, inject_missing_state=True,
         )  # fmt: skip
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # progress bars
+        with silenced():
             main(words)
 
 
