@@ -77,10 +77,11 @@ ROOM = {"at": [], "bytes": 0}
 
 
 def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
-          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10, no_room=ROOM, **checkpoint):  # fmt: skip
+          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10, no_room=ROOM,
+          **checkpoint):  # fmt: skip
     """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there;
-    `bad`: list of (step, rank) whose loader skips a bad sample there; `no_room`: after these (step, rank) no file of that rank may
-    become longer than so many bytes, and in the validations `in_validation` (a real error of the system). Other words are keys of the recipe's `checkpoint`."""
+    `bad`: list of (step, rank) whose loader skips a bad sample there; `no_room`: `at` these (step, rank), and in these validations,
+    no file of the rank may become longer than so many bytes: a real error of the system. Other words are `checkpoint` keys."""
     ranks = resolve_environment()
     backend.start(ranks)
     updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping}

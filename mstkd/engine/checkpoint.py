@@ -80,11 +80,11 @@ class Checkpoints:
         def publish(partial: Path, sha256: dict[str, str]) -> None:
             before = read_sealed(final)
             _seal(partial, before | {"state": asdict(state), "sha256": before["sha256"] | sha256})
-            best = self._pointing_at(final, "best")
+            best = self._pointing_at(final, "best") if write_best else None
             for name in [*sha256, STATE]:
                 os.replace(partial / name, final / name)
             partial.rmdir()
-            if write_best is not None:
+            if best is not None:
                 os.replace(best, self.folder / "best")
 
         self._write(final, write_best or (lambda files: None), publish)
@@ -135,7 +135,8 @@ class Checkpoints:
         if problem is None:
             if self.ranks.main:
                 with files.guarded():
-                    publish(files.folder, checksums(files.folder, {name: digest for _, sha256 in told for name, digest in sha256.items()}))
+                    known = {name: digest for _, sha256 in told for name, digest in sha256.items()}
+                    publish(files.folder, checksums(files.folder, known))
             problem = from_main(files.problem and f"rank 0: {files.problem}", self.ranks)
         if self.ranks.main:
             if problem is None:
@@ -214,9 +215,9 @@ def damage(folder: Path) -> str | None:
 
 
 def checksums(folder: Path, known: dict[str, str] = {}) -> dict[str, str]:
-    """sha256 of every file below `folder` by name; those in `known` are not read again."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return {name: known.get(name) or sha256_of(folder / name) for name in names}
+    """sha256 by name of every file below `folder`; those in `known` are not read again (and another node's may not show up yet)."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return known | {name: sha256_of(folder / name) for name in sorted(names - known.keys())}
 
 
 def _seal(folder: Path, sealed: dict) -> None:

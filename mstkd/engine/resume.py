@@ -54,8 +54,8 @@ def _check(folder: Path, engines: dict[str, RoleEngine], cut: list[str]) -> None
     for role in cut:
         if engines[role].optimizer.name == "sgd":
             raise UserError(
-                f"{folder}: {sealed['ranks']} ranks wrote it; role {role} is trained by sgd, whose state under ZeRO 1-3 no other number of ranks can load: "
-                f"resume on {sealed['ranks']}, or start another run from its weights with name=... init_from=RUN"
+                f"{folder}: {sealed['ranks']} ranks wrote it; role {role} is trained by sgd, whose state under ZeRO 1-3 "
+                f"no other number of ranks can load: resume on {sealed['ranks']}, or start another run from its weights with name=... init_from=RUN"
             )
 
 

@@ -21,6 +21,11 @@ def deepspeed():
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Without the progress bars and reports that DeepSpeed's converters print."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
+    """Without what DeepSpeed says on the way: progress bars, reports, warnings. What fails still raises."""
+    logger = deepspeed().utils.logger
+    try:
+        logger.setLevel(logging.ERROR)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(logging.WARNING)

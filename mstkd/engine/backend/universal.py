@@ -59,7 +59,8 @@ def load_universal(engine, folder: Path, role: str) -> str | None:
     """As `load_own`, from the universal form. Collective."""
     engine._config.load_universal_checkpoint = True
     try:
-        path = load_own(engine, folder, role)
+        with silenced():  # "MPU is not provided"
+            path = load_own(engine, folder, role)
     finally:
         engine._config.load_universal_checkpoint = False
     if path is not None:
@@ -69,7 +70,7 @@ def load_universal(engine, folder: Path, role: str) -> str | None:
 
 
 def _load_buffers(module: nn.Module, model_states: Path) -> None:
-    saved = torch.load(model_states, map_location="cpu", weights_only=False)
+    saved = torch.load(model_states, map_location="cpu", mmap=True, weights_only=False)
     own = dict(module.named_buffers())
     for name in saved["buffer_names"]:
         own[name].copy_(saved["module"][name])
