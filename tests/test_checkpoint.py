@@ -25,7 +25,7 @@ def steps_in(folder):
     return sorted(path.name for path in folder.glob("step-*"))
 
 
-def step(*numbers):
+def step_names(*numbers):
     return [f"step-{number:08d}" for number in numbers]
 
 
@@ -41,9 +41,9 @@ def text(reply):
 def test_the_newest_the_best_and_every_nth_are_kept(two_ranks, tmp_path):
     (tmp_path / "step-00000003.tmp").mkdir()  # of an attempt that was killed while it saved
     train(two_ranks, tmp_path, every_steps=1, keep=1, keep_every=4)  # validated at 5, the best, and 10, no better
-    assert steps_in(tmp_path) == step(4, 5, 8, 10)
+    assert steps_in(tmp_path) == step_names(4, 5, 8, 10)
     train(two_ranks, tmp_path / "two", every_steps=1, keep=2)
-    assert steps_in(tmp_path / "two") == step(5, 9, 10)
+    assert steps_in(tmp_path / "two") == step_names(5, 9, 10)
 
 
 def test_every_file_is_hashed_also_one_that_a_callback_wrote_by_itself(two_ranks, tmp_path):
@@ -93,7 +93,7 @@ def test_a_save_that_fails_on_one_rank_stops_all_and_the_last_sound_one_stays(tw
     assert text(replies[1]) == "FailedElsewhereError: rank 0 failed and says why"
     assert text(replies[0]).startswith(f"TrainingError: stage distill: step 8: not saved: rank {rank}: {tmp_path}/step-00000008.tmp/networks/")
     assert "File too large; the updates after step 5 are lost: make room there and give the same command again, or set" in replies[0]
-    assert steps_in(tmp_path) == step(4, 5) and (tmp_path / "latest").read_text() == "step-00000005\n"
+    assert steps_in(tmp_path) == step_names(4, 5) and (tmp_path / "latest").read_text() == "step-00000005\n"
     rest = train(two_ranks, tmp_path, zero=zero, every_steps=4)[0]
     assert min(curve(rest)) == 6 and rest["finished"]
 
@@ -102,7 +102,7 @@ def test_a_run_that_may_go_on_without_a_checkpoint_does_and_counts(two_ranks, tm
     whole = train(two_ranks, tmp_path / "whole", every_steps=2, best=True)[0]
     full = {"at": [[3, 1], [4, 0]], "bytes": 2000}  # the save of step 4, and the one before the validation of step 5
     results = train(two_ranks, tmp_path / "full", every_steps=2, keep=9, best=True, no_room=full, on_failure="continue")
-    assert steps_in(tmp_path / "full") == step(2, 6, 8, 10)
+    assert steps_in(tmp_path / "full") == step_names(2, 6, 8, 10)
     counted = {number: row["checkpoint/failed_saves"] for number, row in results[0]["rows"] if "checkpoint/failed_saves" in row}
     assert counted == {4: 1.0, 5: 2.0} and {result["state"]["failed_saves"] for result in results} == {2}
     assert curve(results[0]) == curve(whole)
@@ -144,7 +144,46 @@ def test_what_rank_0_cannot_seal_was_not_written(tmp_path):
     (tmp_path / "latest.tmp").symlink_to("/dev/full")
     with pytest.raises(NotWrittenError, match="rank 0: .*No space left on device"):
         checkpoints.save(TrainState(step=2), {}, lambda files: files.write("a", lambda stream: stream.write(b"2")))
-    assert steps_in(tmp_path) == step(1) and (tmp_path / "latest").read_text() == "step-00000001\n" and checkpoints.saved_step == 1
+    assert steps_in(tmp_path) == step_names(1) and (tmp_path / "latest").read_text() == "step-00000001\n" and checkpoints.saved_step == 1
+
+
+def test_what_is_written_in_the_background_counts_when_all_have_written_it(tmp_path):
+    checkpoints, weights = Checkpoints(tmp_path, ALONE, CheckpointConfig()), torch.zeros(1000)
+
+    def save(step):
+        checkpoints.save(TrainState(step), {}, lambda files: files.write("a", lambda stream: torch.save(weights, stream)), background=True)
+        weights.add_(1)  # the next update: what was saved must not change by it
+
+    save(1)
+    checkpoints.finish()
+    save(2)
+    assert checkpoints.pending and (tmp_path / "latest").read_text() == "step-00000001\n"
+    after_a_crash = Checkpoints(tmp_path, ALONE, CheckpointConfig())
+    assert after_a_crash.newest_sound()[0].name == "step-00000001"
+    checkpoints.finish()
+    assert not checkpoints.pending and after_a_crash.newest_sound()[0].name == "step-00000002"
+    assert [float(torch.load(tmp_path / name / "a")[0]) for name in step_names(1, 2)] == [0, 1]
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_run_that_saves_in_the_background_is_the_same_run(two_ranks, tmp_path, zero):
+    whole = train(two_ranks, tmp_path / "whole", zero=zero, every_steps=2, best=True)
+    got = train(two_ranks, tmp_path / "background", zero=zero, every_steps=2, best=True, keep=9, background=True, stop_after=7)
+    assert steps_in(tmp_path / "background") == step_names(2, 4, 5, 6, 7) and got[1]["state"]["failed_saves"] == 0
+    rest = train(two_ranks, tmp_path / "background", zero=zero, every_steps=2, best=True, keep=9, background=True)
+    assert curve(got[0]) | curve(rest[0]) == curve(whole[0])
+    assert steps_in(tmp_path / "background") == step_names(2, 4, 5, 6, 7, 8, 10)
+    assert [damage(folder) for folder in tmp_path.glob("background/step-*")] == [None] * 7
+
+
+def test_a_write_that_fails_in_the_background(two_ranks, tmp_path):
+    """The validations of steps 5 and 10 wait for the saves of steps 4 and 8, and save their own steps."""
+    words = {"steps": 14, "every_steps": 4, "keep": 9, "background": True, "no_room": {"at": [[7, 1], [8, 1], [9, 1]], "bytes": 2000}}
+    replies = train(two_ranks, tmp_path / "stop", **words)
+    assert "step 8: not saved: rank 1: " in text(replies[0]) and "the updates after step 5 are lost" in replies[0]
+    results = train(two_ranks, tmp_path / "on", on_failure="continue", **words)
+    assert {result["state"]["failed_saves"] for result in results} == {2} and results[0]["finished"]
+    assert steps_in(tmp_path / "on") == step_names(4, 5, 12, 14)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +212,7 @@ def test_any_kept_checkpoint_is_exported_without_ranks(trained, tmp_path, zero):
     for key, value in expected.items():
         np.testing.assert_array_equal(got[key], value)
         assert got[key].dtype == value.dtype
-    others = {name: load_file(export(run, tmp_path / name, checkpoint=name) / "student.safetensors") for name in ("latest", *step(5, 10))}
+    others = {name: load_file(export(run, tmp_path / name, checkpoint=name) / "student.safetensors") for name in ("latest", *step_names(5, 10))}
     np.testing.assert_array_equal(others["latest"]["0.weight"], others["step-00000010"]["0.weight"])
     assert not np.array_equal(others["step-00000005"]["0.weight"], others["step-00000010"]["0.weight"])
 

@@ -32,6 +32,10 @@ STATE = "state.json"
 class NotWrittenError(Exception):
     """What was to be written is not there, and everything that was there before is; says which rank failed, where and why."""
 
+    def __init__(self, problem: str, step: int):
+        super().__init__(problem)
+        self.step = step
+
 
 @dataclass
 class TrainState:
@@ -46,29 +50,43 @@ class TrainState:
     failed_saves: int = 0  # in all attempts that could save afterwards
 
 
+@dataclass
+class _Unsealed:
+    """A folder whose files are being written."""
+
+    files: NewFiles
+    publish: Callable[[Path, dict[str, str]], None]  # makes the folder count, on rank 0
+    step: int
+
+
 class Checkpoints:
     """The checkpoint folder of one stage."""
 
     def __init__(self, folder: Path, ranks: Ranks, policy: CheckpointConfig):
         self.folder, self.ranks, self.policy = folder, ranks, policy
         self.saved_step: int | None = None  # the newest one written or resumed from
+        self._unsealed: _Unsealed | None = None  # the same on all ranks
 
-    def save(self, state: TrainState, shapes: dict[str, dict[str, list[int]]], write: Callable[[NewFiles], None]) -> None:
+    def save(
+        self, state: TrainState, shapes: dict[str, dict[str, list[int]]], write: Callable[[NewFiles], None], background: bool = False
+    ) -> None:
         """Write step-<state.step>. Collective. Raises NotWrittenError on all ranks if one fails.
 
         `write(files)` is called on every rank; `shapes`: by role and name, what a resume compares with its own networks.
+        In the `background` the files are written after this returns; nothing counts, or fails, until `finish` is called.
         """
-        final = self._step_folder(state)
+        final, kept = self._step_folder(state), asdict(state)
 
         def publish(partial: Path, sha256: dict[str, str]) -> None:
-            _seal(partial, {"state": asdict(state), "ranks": self.ranks.world, "roles": shapes, "sha256": sha256})
+            _seal(partial, {"state": kept, "ranks": self.ranks.world, "roles": shapes, "sha256": sha256})
             latest = self._pointing_at(final, "latest")
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)  # from here on nothing needs room on the disk
             os.replace(latest, self.folder / "latest")
 
-        self._write(final, write, publish)
-        self.saved_step = state.step
+        self._begin(state, write, publish, background)
+        if not background:
+            self.finish()
 
     def amend(self, state: TrainState, write_best: Callable[[NewFiles], None] | None = None) -> None:
         """Replace the state kept in step-<state.step>, which `save` wrote before. Collective. Raises as `save`.
@@ -87,7 +105,43 @@ class Checkpoints:
             if best is not None:
                 os.replace(best, self.folder / "best")
 
-        self._write(final, write_best or (lambda files: None), publish)
+        self._begin(state, write_best or (lambda files: None), publish)
+        self.finish()
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was saved in the background and does not count yet: the same on all ranks."""
+        return self._unsealed is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread is still at what was saved in the background."""
+        return self.pending and not self._unsealed.files.done
+
+    def finish(self) -> None:
+        """Make what was saved in the background count, if anything was, once it is written. Collective. Raises as `save`."""
+        if not self.pending:
+            return
+        unsealed, self._unsealed = self._unsealed, None
+        files = unsealed.files
+        files.wait()
+        told = from_all((files.problem, files.sha256), self.ranks)  # each rank has hashed its own files
+        problem = next((f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(told) if problem), None)
+        if problem is None:
+            if self.ranks.main:
+                with files.guarded():
+                    known = {name: digest for _, sha256 in told for name, digest in sha256.items()}
+                    unsealed.publish(files.folder, checksums(files.folder, known))
+            problem = from_main(files.problem and f"rank 0: {files.problem}", self.ranks)
+        if self.ranks.main:
+            if problem is None:
+                self._prune()
+            else:
+                shutil.rmtree(files.folder, ignore_errors=True)
+        barrier(self.ranks)
+        if problem is not None:
+            raise NotWrittenError(problem, unsealed.step)
+        self.saved_step = unsealed.step
 
     def newest_sound(self) -> tuple[Path, TrainState] | None:
         """The newest checkpoint whose files match their checksums, and its state; None if none was ever written.
@@ -121,31 +175,16 @@ class Checkpoints:
         path = self.folder / name
         return self.folder / path.read_text().strip() if path.is_file() else None
 
-    def _write(self, final: Path, write: Callable[[NewFiles], None], publish: Callable[[Path, dict[str, str]], None]) -> None:
-        """Every rank writes into a new folder beside `final`; rank 0 then makes it count by `publish(folder, sha256)`. Collective."""
-        files = NewFiles(final.with_suffix(".tmp"))
+    def _begin(self, state: TrainState, write: Callable, publish: Callable, background: bool = False) -> None:
+        """Every rank writes into a new folder beside the step's own. Collective."""
+        files = NewFiles(self._step_folder(state).with_suffix(".tmp"), background)
         if self.ranks.main:
             with files.guarded():
                 shutil.rmtree(files.folder, ignore_errors=True)
                 files.folder.mkdir(parents=True)
         barrier(self.ranks)
+        self._unsealed = _Unsealed(files, publish, state.step)
         write(files)
-        told = from_all((files.problem, files.sha256), self.ranks)  # each rank has hashed its own files
-        problem = next((f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(told) if problem), None)
-        if problem is None:
-            if self.ranks.main:
-                with files.guarded():
-                    known = {name: digest for _, sha256 in told for name, digest in sha256.items()}
-                    publish(files.folder, checksums(files.folder, known))
-            problem = from_main(files.problem and f"rank 0: {files.problem}", self.ranks)
-        if self.ranks.main:
-            if problem is None:
-                self._prune()
-            else:
-                shutil.rmtree(files.folder, ignore_errors=True)
-        barrier(self.ranks)
-        if problem is not None:
-            raise NotWrittenError(problem)
 
     def _step_folder(self, state: TrainState) -> Path:
         return self.folder / f"step-{state.step:08d}"

@@ -3,6 +3,8 @@
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mstkd.engine.checkpoint import NotWrittenError
@@ -30,6 +32,7 @@ class Keeper:
 
         Raises TrainingError if it cannot be written and `checkpoint.on_failure` says stop, or it is the `last`, which nothing follows.
         """
+        self.finish()
         if self.trainer.state.step in (0, self.trainer.checkpoints.saved_step):
             return
         began = time.perf_counter()
@@ -37,13 +40,26 @@ class Keeper:
         self.trainer.heartbeat.keep_out()
         average_buffers(self.stage.trained_networks(), self.ranks)
         shapes = {name: engine.shapes() for name, engine in self.stage.engines.items()}
-        try:
-            self.trainer.checkpoints.save(self.trainer.state, shapes, self._write_roles)
-        except NotWrittenError as error:
-            kept = self.trainer.checkpoints.saved_step or 0
-            self._failed(f"not saved: {error}", f"the updates after step {kept} are lost", last)
+        background = self.stage.config.checkpoint.background and not last
+        with self._saving(last):
+            self.trainer.checkpoints.save(self.trainer.state, shapes, self._write_roles, background)
         self._saved_at = time.monotonic()  # after a failure, too: it is tried again when the next one is due
         self.trainer.meter.saved(time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """Wait for a save in the background, if there is one, and make it count. Collective. Raises as `save`."""
+        if self.trainer.checkpoints.pending:
+            self.trainer.heartbeat.keep_out()
+            with self._saving():
+                self.trainer.checkpoints.finish()
+
+    @contextmanager
+    def _saving(self, last: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except NotWrittenError as error:
+            kept = self.trainer.checkpoints.saved_step or 0
+            self._failed(f"step {error.step}: not saved: {error}", f"the updates after step {kept} are lost", last)
 
     @property
     def save_overdue(self) -> bool:
@@ -60,6 +76,7 @@ class Keeper:
         if not due or self.trainer.state.validated_step == self.trainer.state.step:
             return
         self.save()
+        self.finish()
         began, state = time.perf_counter(), self.trainer.state
         before = state.best_score, state.best_step
         improved = self._validate()
@@ -75,19 +92,20 @@ class Keeper:
         try:
             self.trainer.checkpoints.amend(self.trainer.state, self.whole.write if improved else None)
         except NotWrittenError as error:
-            self._failed(f"its validation{' and best weights' * improved} not kept: {error}", "no update is lost", self.trainer.at_end)
+            self._failed(f"step {error.step}: its validation{' and best weights' * improved} not kept: {error}", "no update is lost", self.trainer.at_end)
             return False
         return True
 
     def _failed(self, what: str, consequence: str, last: bool) -> None:
         """Say what could not be written and stop, or count it and go on."""
         state, name = self.trainer.state, self.stage.name
-        line = f"stage {name}: step {state.step}: {what}"
+        line = f"stage {name}: {what}"
         if last or self.stage.config.checkpoint.on_failure == "stop":
             advice = "make room there and give the same command again" + ("" if last else ", or set checkpoint.on_failure=continue")
             raise_together(TrainingError(f"{line}; {consequence}: {advice}") if self.ranks.main else None, self.ranks)
         state.failed_saves += 1
-        log.error("%s; the one of step %s stays, going on (checkpoint.on_failure=continue)", line, self.trainer.checkpoints.saved_step)
+        kept = self.trainer.checkpoints.saved_step
+        log.error("%s; %s, going on (checkpoint.on_failure=continue)", line, f"that of step {kept} stays" if kept else "there is none before it")
         self.trainer.tracker.log_metrics({"checkpoint/failed_saves": float(state.failed_saves)}, state.step, name)
 
     def _validate(self) -> bool:

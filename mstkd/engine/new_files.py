@@ -1,8 +1,10 @@
 """What one rank writes into a checkpoint: on the disk before it counts, and hashed on the way there."""
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -15,16 +17,39 @@ class NewFiles:
     and all ask for it once everyone is through. After an error nothing more is written.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, background: bool = False):
+        """`background`: `write` only copies into host memory, and a thread brings that to the disk; see `done` and `wait`."""
         self.folder = Path(folder)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self._tasks: list[Future] = []
         self.problem: str | None = None  # the first error: what and where
         self.sha256: dict[str, str] = {}  # by name below `folder`
 
-    def write(self, name: str, put: Callable[["HashedStream"], object]) -> None:
+    def write(self, name: str, put: Callable[[BinaryIO], object]) -> None:
         """Write `folder`/`name`; `put(stream)` says what, and must not be collective: it is not called after an error."""
-        path = self.folder / name
         if self.problem is not None:
             return
+        if self._thread is None:
+            self._write(name, put)
+        else:
+            memory = io.BytesIO()
+            put(memory)
+            self._tasks.append(self._thread.submit(self._write, name, lambda stream: stream.write(memory.getbuffer())))
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left for `wait` to wait for."""
+        return all(task.done() for task in self._tasks)
+
+    def wait(self) -> None:
+        """Return when all is on the disk, or failed."""
+        while self._tasks:
+            self._tasks.pop(0).result()  # with it goes the memory
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _write(self, name: str, put: Callable[["HashedStream"], object]) -> None:
+        path = self.folder / name
         with self.guarded(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:

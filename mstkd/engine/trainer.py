@@ -81,8 +81,10 @@ class Trainer:
             problem = error
         self.meter.waited(time.perf_counter() - began)
         self.heartbeat.at("agree")
-        votes = [problem is not None, bool(self.stop), self.keeper.save_overdue, self._newly_skipped()]
-        failed, stopping, save, skipped = sums(votes, self.ranks)
+        votes = [problem is not None, bool(self.stop), self.keeper.save_overdue, self._newly_skipped(), self.checkpoints.writing]
+        failed, stopping, save, skipped, writing = sums(votes, self.ranks)
+        if not writing:
+            self.keeper.finish()
         if not failed and self.state.bad_samples + skipped > self.stage.config.data.max_bad_samples:
             failed, problem = True, self._too_many_bad(skipped)
         if failed or stopping or save:
