@@ -152,14 +152,17 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     format: Annotated[Literal["safetensors"], typer.Option(help="What to write.")] = "safetensors",
+    checkpoint: Annotated[str, typer.Option(help="best, latest, or one that the run keeps, e.g. step-00000120.")] = "best",
 ) -> None:
-    """Write the student for use elsewhere, without anything that identifies a person or a machine.
+    """Write the student for use elsewhere, without anything that identifies a person or a machine. Needs no GPU.
 
     Example: mstkd export runs/mst_kdnet_phantom --format safetensors --out student
+
+    Example: mstkd export runs/mst_kdnet_phantom --checkpoint step-00000120 --out student
     """
     from mstkd.export import export as write
 
-    write(run, out, format)
+    write(run, out, format, checkpoint)
     typer.echo(f"wrote {out}")
 
 

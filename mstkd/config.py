@@ -152,6 +152,7 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1)  # newest k, besides the best
     keep_every: int | None = Field(None, ge=1)  # and those of every n-th step
     on_failure: Literal["stop", "continue"] = "stop"  # when one cannot be written (disk full); the last sound one stays
+    background: bool = False  # updates go on while it is written: each rank's files then lie in host memory first
 
 
 class WatchdogConfig(Section):

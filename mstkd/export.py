@@ -12,18 +12,19 @@ from mstkd.errors import UserError
 from mstkd.evaluate.weights import open_run
 
 
-def export(run_dir: Path, out: Path, format: Literal["safetensors"] = "safetensors") -> Path:
+def export(run_dir: Path, out: Path, format: Literal["safetensors"] = "safetensors", checkpoint: str = "best") -> Path:
     """Write <out>/<network>.safetensors (keys are parameter and buffer names) and <out>/mstkd.json; returns `out`.
 
     The network is the one that the run is for, usually the student. mstkd.json holds no host, path or user.
-    Raises UserError: another format, `out` exists, the run has no best weights.
+    Weights of any other `checkpoint` than the best are put together from what DeepSpeed saved, without a GPU.
+    Raises UserError: another format, `out` exists, the run has no such checkpoint.
     """
     out = Path(out)
     if format != "safetensors":
         raise UserError(f"export format {format!r}: choose safetensors")
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --out or remove it")
-    run = open_run(run_dir)
+    run = open_run(run_dir, checkpoint)
     name, config = run.networks[0], run.config
     scheme = run.facts.label_scheme
     facts = {

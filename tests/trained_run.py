@@ -15,6 +15,7 @@ from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.scenarios import all_subsets
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.validation import Validation
+from mstkd.evaluate.weights import load_networks
 from mstkd.methods import DataFacts, build
 from mstkd.run_folder import record_attempt
 from mstkd.shards.build import build as build_shards
@@ -58,11 +59,13 @@ def predictor_and_source(shards, section=None, window=None):
     return Predictor(method, source.sequences, CROP, InferenceConfig(window=window), torch.device("cpu")), source
 
 
-def on_ranks(shards: str, config: dict) -> tuple[list, dict]:
-    """Scores of five cases and a validation, as one of the ranks that share them out."""
+def on_ranks(shards: str, config: dict, run: str | None = None) -> tuple[list, dict]:
+    """Scores of five cases and a validation, as one of the ranks that share them out; with the best weights of `run`, if given."""
     ranks = resolve_environment()
     backend.start(ranks)
-    predictor, source = predictor_and_source(shards)
+    predictor, source = predictor_and_source(shards, config["method"])
+    if run:
+        load_networks(Path(run), predictor.method)
     subjects = source.subjects("all")[:5]
     subsets, options = all_subsets(source.sequences)[::4], RunConfig.model_validate(config).evaluate
     rows = score_subjects(predictor, ["student", "teacher"], source, subjects, subsets, source.label_scheme, options, ranks.rank, ranks.world)

@@ -2,7 +2,7 @@
 
 <run>/<stage>/checkpoints/
     step-00000120/            120 updates done
-        state.json            step, best score, sha256 of every other file; written last
+        state.json            step, best score, the roles' shapes, sha256 of every other file; written last
         <role>/...            DeepSpeed's weights and optimiser state
         <role>.safetensors    consolidated weights, keys <network>.<parameter>; where `best` points
     latest, best              the names of such folders
@@ -11,20 +11,30 @@ A folder is written as *.tmp and renamed when complete; `latest` moves after tha
 `latest` names something sound; what is damaged later is found by its checksum and set aside as *.damaged.
 """
 
-import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mstkd.engine.distributed import barrier
+from mstkd.config import CheckpointConfig
+from mstkd.engine.distributed import barrier, from_all, from_main
 from mstkd.engine.environment import Ranks
+from mstkd.engine.new_files import NewFiles, sha256_of, write_durably
 from mstkd.errors import UserError
 
 log = logging.getLogger(__name__)
 STATE = "state.json"
+
+
+class NotWrittenError(Exception):
+    """What was to be written is not there, and everything that was there before is; says which rank failed, where and why."""
+
+    def __init__(self, problem: str, step: int):
+        super().__init__(problem)
+        self.step = step
 
 
 @dataclass
@@ -37,70 +47,110 @@ class TrainState:
     validated_step: int | None = None  # the last step whose validation is done
     finished: bool = False
     bad_samples: int = 0  # skipped so far, by all ranks in all attempts
+    failed_saves: int = 0  # in all attempts that could save afterwards
+
+
+@dataclass
+class _Unsealed:
+    """A folder whose files are being written."""
+
+    files: NewFiles
+    publish: Callable[[Path, dict[str, str]], None]  # makes the folder count, on rank 0
+    step: int
 
 
 class Checkpoints:
     """The checkpoint folder of one stage."""
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int, sharded: bool):
-        """`sharded`: some role's optimiser state is cut by ranks (ZeRO 1-3), so that only as many ranks can load it."""
-        self.folder, self.ranks, self.keep, self.sharded = folder, ranks, keep, sharded
+    def __init__(self, folder: Path, ranks: Ranks, policy: CheckpointConfig):
+        self.folder, self.ranks, self.policy = folder, ranks, policy
         self.saved_step: int | None = None  # the newest one written or resumed from
+        self._unsealed: _Unsealed | None = None  # the same on all ranks
 
-    def save(self, state: TrainState, write_roles) -> None:
-        """Write step-<state.step>; `write_roles(folder)` is called on every rank. Collective."""
-        final = self._step_folder(state)
-        partial = final.with_suffix(".tmp")
-        if self.ranks.main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        barrier(self.ranks)
-        write_roles(partial)
-        barrier(self.ranks)
-        if self.ranks.main:
-            _seal(partial, state, self.ranks.world, _checksums(partial))
+    def save(
+        self, state: TrainState, shapes: dict[str, dict[str, list[int]]], write: Callable[[NewFiles], None], background: bool = False
+    ) -> None:
+        """Write step-<state.step>. Collective. Raises NotWrittenError on all ranks if one fails.
+
+        `write(files)` is called on every rank; `shapes`: by role and name, what a resume compares with its own networks.
+        In the `background` the files are written after this returns; nothing counts, or fails, until `finish` is called.
+        """
+        final, kept = self._step_folder(state), asdict(state)
+
+        def publish(partial: Path, sha256: dict[str, str]) -> None:
+            _seal(partial, {"state": kept, "ranks": self.ranks.world, "roles": shapes, "sha256": sha256})
+            latest = self._pointing_at(final, "latest")
             shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            self._point("latest", final)
-            self._prune()
-        barrier(self.ranks)
-        self.saved_step = state.step
+            partial.rename(final)  # from here on nothing needs room on the disk
+            os.replace(latest, self.folder / "latest")
 
-    def amend(self, state: TrainState, write_best=None) -> None:
-        """Replace the state kept in step-<state.step>, which `save` wrote before. Collective.
+        self._begin(state, write, publish, background)
+        if not background:
+            self.finish()
 
-        `write_best(folder)`, if given, is called on every rank; its files are added, and `best` then points here.
+    def amend(self, state: TrainState, write_best: Callable[[NewFiles], None] | None = None) -> None:
+        """Replace the state kept in step-<state.step>, which `save` wrote before. Collective. Raises as `save`.
+
+        `write_best(files)`, if given, is called on every rank; its files are added, and `best` then points here.
         """
         final = self._step_folder(state)
-        partial = final.with_suffix(".tmp")
-        if self.ranks.main and write_best is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        barrier(self.ranks)
-        if write_best is not None:
-            write_best(partial)
+
+        def publish(partial: Path, sha256: dict[str, str]) -> None:
+            before = read_sealed(final)
+            _seal(partial, before | {"state": asdict(state), "sha256": before["sha256"] | sha256})
+            best = self._pointing_at(final, "best") if write_best else None
+            for name in [*sha256, STATE]:
+                os.replace(partial / name, final / name)
+            partial.rmdir()
+            if best is not None:
+                os.replace(best, self.folder / "best")
+
+        self._begin(state, write_best or (lambda files: None), publish)
+        self.finish()
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was saved in the background and does not count yet: the same on all ranks."""
+        return self._unsealed is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread is still at what was saved in the background."""
+        return self.pending and not self._unsealed.files.done
+
+    def finish(self) -> None:
+        """Make what was saved in the background count, if anything was, once it is written. Collective. Raises as `save`."""
+        if not self.pending:
+            return
+        unsealed, self._unsealed = self._unsealed, None
+        files = unsealed.files
+        files.wait()
+        told = from_all((files.problem, files.sha256), self.ranks)  # each rank has hashed its own files
+        problem = next((f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(told) if problem), None)
+        if problem is None:
+            if self.ranks.main:
+                with files.guarded():
+                    known = {name: digest for _, sha256 in told for name, digest in sha256.items()}
+                    unsealed.publish(files.folder, checksums(files.folder, known))
+            problem = from_main(files.problem and f"rank 0: {files.problem}", self.ranks)
         if self.ranks.main:
-            before = _read(final)
-            checksums = before["sha256"]
-            if write_best is not None:
-                checksums |= _checksums(partial)
-                for file in partial.iterdir():
-                    os.replace(file, final / file.name)
-                partial.rmdir()
-            _seal(final, state, before["ranks"], checksums)
-            if write_best is not None:
-                self._point("best", final)
+            if problem is None:
                 self._prune()
+            else:
+                shutil.rmtree(files.folder, ignore_errors=True)
         barrier(self.ranks)
+        if problem is not None:
+            raise NotWrittenError(problem, unsealed.step)
+        self.saved_step = unsealed.step
 
     def newest_sound(self) -> tuple[Path, TrainState] | None:
         """The newest checkpoint whose files match their checksums, and its state; None if none was ever written.
 
         Each damaged one is named in a warning and set aside. Raises UserError, and changes nothing, if there are
-        checkpoints but none is sound, or if another number of ranks wrote it and its state is cut by ranks.
+        checkpoints but none is sound.
         """
         sound, damaged = None, []
-        for folder in sorted(self.folder.glob("step-????????"), reverse=True):
+        for folder in self._newest_first():
             problem = damage(folder)
             if problem is None:
                 sound = folder
@@ -113,7 +163,6 @@ class Checkpoints:
             )
         if sound is None:
             return None
-        self._check_ranks(sound)
         for folder, problem in damaged:
             aside = folder.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
@@ -126,16 +175,22 @@ class Checkpoints:
         path = self.folder / name
         return self.folder / path.read_text().strip() if path.is_file() else None
 
+    def _begin(self, state: TrainState, write: Callable, publish: Callable, background: bool = False) -> None:
+        """Every rank writes into a new folder beside the step's own. Collective."""
+        files = NewFiles(self._step_folder(state).with_suffix(".tmp"), background)
+        if self.ranks.main:
+            with files.guarded():
+                shutil.rmtree(files.folder, ignore_errors=True)
+                files.folder.mkdir(parents=True)
+        barrier(self.ranks)
+        self._unsealed = _Unsealed(files, publish, state.step)
+        write(files)
+
     def _step_folder(self, state: TrainState) -> Path:
         return self.folder / f"step-{state.step:08d}"
 
-    def _check_ranks(self, folder: Path) -> None:
-        wrote = _read(folder)["ranks"]
-        if self.sharded and wrote != self.ranks.world:
-            raise UserError(
-                f"{folder}: {wrote} ranks wrote it and {self.ranks.world} are here; the optimiser state of ZeRO 1-3 is cut by ranks: "
-                f"resume on {wrote}, or start another run from its weights with name=... init_from=RUN"
-            )
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("step-????????"), reverse=True)
 
     def _state_of(self, folder: Path) -> TrainState:
         """The state in a sound checkpoint; a best checkpoint that no longer exists is forgotten, with a warning."""
@@ -146,21 +201,32 @@ class Checkpoints:
             state.best_score = state.best_step = None
         return state
 
-    def _point(self, name: str, target: Path) -> None:
+    def _pointing_at(self, target: Path, name: str) -> Path:
+        """A file to become `latest` or `best`."""
         partial = self.folder / f"{name}.tmp"
-        _write_durably(partial, target.name + "\n")
-        os.replace(partial, self.folder / name)
+        write_durably(partial, target.name + "\n")
+        return partial
 
     def _prune(self) -> None:
-        best = self.pointer("best")
-        newest_first = sorted(self.folder.glob("step-????????"), reverse=True)
-        for folder in newest_first[self.keep :]:
-            if folder != best:
+        """Remove what the policy does not keep, and what earlier attempts left unfinished or converted."""
+        newest_first, every = self._newest_first(), self.policy.keep_every
+        kept = {self.pointer("best"), *newest_first[: self.policy.keep]}
+        kept |= {folder for folder in newest_first if every and int(folder.name.removeprefix("step-")) % every == 0}
+        passing = [*self.folder.glob("step-*.tmp"), *self.folder.glob("step-*.universal")]
+        for folder in [*(folder for folder in newest_first if folder not in kept), *passing]:
+            try:
                 shutil.rmtree(folder)
+            except OSError as error:
+                log.warning("%s: cannot be removed: %s", error.filename or folder, error.strerror or error)
 
 
 def read_state(folder: Path) -> TrainState:
-    return TrainState(**_read(folder)["state"])
+    return TrainState(**read_sealed(folder)["state"])
+
+
+def read_sealed(folder: Path) -> dict:
+    """state.json of a folder: what was written last, when all else lay there."""
+    return json.loads((folder / STATE).read_text())
 
 
 def is_finished(folder: Path) -> bool:
@@ -175,40 +241,23 @@ def is_finished(folder: Path) -> bool:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
-        checksums = _read(folder)["sha256"]
+        sha256 = read_sealed(folder)["sha256"]
     except (OSError, ValueError, KeyError):
         return f"no readable {STATE}"
-    for name, expected in checksums.items():
+    for name, expected in sha256.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != expected:
+        if sha256_of(path) != expected:
             return f"{name} does not match its checksum"
     return None
 
 
-def _read(folder: Path) -> dict:
-    return json.loads((folder / STATE).read_text())
+def checksums(folder: Path, known: dict[str, str] = {}) -> dict[str, str]:
+    """sha256 by name of every file below `folder`; those in `known` are not read again (and another node's may not show up yet)."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return known | {name: sha256_of(folder / name) for name in sorted(names - known.keys())}
 
 
-def _seal(folder: Path, state: TrainState, ranks: int, checksums: dict[str, str]) -> None:
-    """Write state.json in one move: until then the folder counts as what it was."""
-    partial = folder / f"{STATE}.tmp"
-    _write_durably(partial, json.dumps({"state": asdict(state), "ranks": ranks, "sha256": checksums}, indent=1))
-    os.replace(partial, folder / STATE)
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _seal(folder: Path, sealed: dict) -> None:
+    write_durably(folder / STATE, json.dumps(sealed, indent=1))

@@ -3,11 +3,15 @@
 import logging
 import math
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mstkd.engine.distributed import any_rank, average_buffers
+from mstkd.engine.checkpoint import NotWrittenError
+from mstkd.engine.distributed import any_rank, average_buffers, raise_together
+from mstkd.engine.new_files import NewFiles
 from mstkd.engine.whole_weights import WholeWeights
+from mstkd.errors import TrainingError
 
 if TYPE_CHECKING:
     from mstkd.engine.trainer import Trainer
@@ -23,8 +27,12 @@ class Keeper:
         self.whole = WholeWeights(trainer.stage, trainer.ranks)
         self._saved_at = time.monotonic()
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one. Collective."""
+    def save(self, last: bool = False) -> None:
+        """Write a checkpoint of this step, unless there is one. Collective.
+
+        Raises TrainingError if it cannot be written and `checkpoint.on_failure` says stop, or it is the `last`, which nothing follows.
+        """
+        self.finish()
         trainer = self.trainer
         if trainer.state.step in (0, trainer.checkpoints.saved_step):
             return
@@ -32,9 +40,27 @@ class Keeper:
         trainer.heartbeat.at("save")
         trainer.heartbeat.keep_out()
         average_buffers(self.stage.trained_networks(), self.ranks)
-        trainer.checkpoints.save(trainer.state, self._write_roles)
-        self._saved_at = time.monotonic()
+        shapes = {name: engine.shapes() for name, engine in self.stage.engines.items()}
+        background = self.stage.config.checkpoint.background and not last
+        with self._saving(last):
+            trainer.checkpoints.save(trainer.state, shapes, self._write_roles, background)
+        self._saved_at = time.monotonic()  # after a failure, too: it is tried again when the next one is due
         trainer.meter.saved(time.perf_counter() - began)
+
+    def finish(self) -> None:
+        """Wait for a save in the background, if there is one, and make it count. Collective. Raises as `save`."""
+        if self.trainer.checkpoints.pending:
+            self.trainer.heartbeat.keep_out()
+            with self._saving():
+                self.trainer.checkpoints.finish()
+
+    @contextmanager
+    def _saving(self, last: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except NotWrittenError as error:
+            kept = self.trainer.checkpoints.saved_step or 0
+            self._failed(f"step {error.step}: not saved: {error}", f"the updates after step {kept} are lost", last)
 
     @property
     def save_overdue(self) -> bool:
@@ -52,11 +78,37 @@ class Keeper:
         if not due or state.validated_step == state.step:
             return
         self.save()
+        self.finish()
         began = time.perf_counter()
+        before = state.best_score, state.best_step
         improved = self._validate()
         state.validated_step, state.finished = state.step, trainer.at_end
-        trainer.checkpoints.amend(state, self.whole.write if improved else None)
+        if not self._keep_validated(improved):
+            state.best_score, state.best_step = before
         trainer.meter.pause(time.perf_counter() - began)
+
+    def _keep_validated(self, improved: bool) -> bool:
+        """Note in this step's checkpoint that it is validated, and its weights if they are the best. False if that failed."""
+        if self.trainer.checkpoints.saved_step != self.trainer.state.step:
+            return False  # there is none: it could not be written
+        try:
+            self.trainer.checkpoints.amend(self.trainer.state, self.whole.write if improved else None)
+        except NotWrittenError as error:
+            self._failed(f"step {error.step}: its validation{' and best weights' * improved} not kept: {error}", "no update is lost", self.trainer.at_end)
+            return False
+        return True
+
+    def _failed(self, what: str, consequence: str, last: bool) -> None:
+        """Say what could not be written and stop, or count it and go on."""
+        state, name = self.trainer.state, self.stage.name
+        line = f"stage {name}: {what}"
+        if last or self.stage.config.checkpoint.on_failure == "stop":
+            advice = "make room there and give the same command again" + ("" if last else ", or set checkpoint.on_failure=continue")
+            raise_together(TrainingError(f"{line}; {consequence}: {advice}") if self.ranks.main else None, self.ranks)
+        state.failed_saves += 1
+        kept = self.trainer.checkpoints.saved_step
+        log.error("%s; %s, going on (checkpoint.on_failure=continue)", line, f"that of step {kept} stays" if kept else "there is none before it")
+        self.trainer.tracker.log_metrics({"checkpoint/failed_saves": float(state.failed_saves)}, state.step, name)
 
     def _validate(self) -> bool:
         """Score the validation cases; True if this is the best so far. Without cases the newest counts as best."""
@@ -76,8 +128,11 @@ class Keeper:
     def _stopping_validation(self) -> bool:
         """Asked by the validation before each round of cases. Collective."""
         self.trainer.heartbeat.at("validate", part=self.trainer.heartbeat.beat.part + 1)
-        return any_rank([bool(self.trainer.stop)], self.ranks)[0]
+        stopping = any_rank([bool(self.trainer.stop)], self.ranks)[0]
+        if stopping:
+            self.save(last=True)  # where the save before this validation failed
+        return stopping
 
-    def _write_roles(self, folder: Path) -> None:
+    def _write_roles(self, files: NewFiles) -> None:
         for engine in self.stage.engines.values():
-            engine.save(folder)
+            engine.save(files)

@@ -13,6 +13,7 @@ from mstkd.engine.figures import collect_figures, say_figures
 from mstkd.engine.heartbeat import Heartbeat
 from mstkd.engine.keeper import Keeper
 from mstkd.engine.meter import Meter
+from mstkd.engine.resume import load_roles
 from mstkd.engine.stage import MicroBatches, Stage
 from mstkd.engine.startup import Startup
 from mstkd.engine.stop import StopFlag, Stopped
@@ -43,8 +44,7 @@ class Trainer:
 
     def resume(self, folder: Path, state: TrainState) -> None:
         """Continue from a sound checkpoint. Collective."""
-        for engine in self.stage.engines.values():
-            engine.load(folder)
+        load_roles(folder, self.stage.engines, self.ranks)
         self.state = state
         self.checkpoints.saved_step = state.step
         log.info("stage %s: resumed at step %d", self.stage.name, state.step)
@@ -100,12 +100,14 @@ class Trainer:
             except Exception as error:
                 problem = error
         self.heartbeat.at("agree")
-        votes = [problem is not None, bool(self.stop), self.keeper.save_overdue, self._newly_skipped()]
-        failed, stopping, save, skipped = sums(votes, self.ranks)
+        votes = [problem is not None, bool(self.stop), self.keeper.save_overdue, self._newly_skipped(), self.checkpoints.writing]
+        failed, stopping, save, skipped, writing = sums(votes, self.ranks)
+        if not writing:
+            self.keeper.finish()
         if not failed and self.state.bad_samples + skipped > self.stage.config.data.max_bad_samples:
             failed, problem = True, self._too_many_bad(skipped)
         if failed or stopping or save:
-            self.keeper.save()
+            self.keeper.save(last=failed or stopping)
         self.state.bad_samples += skipped  # after saving: a resume asks for this step's samples again
         if failed:
             raise_together(problem, self.ranks)
@@ -130,7 +132,7 @@ class Trainer:
         if step % config.train.log_every == 0 or self.at_end:
             self._log_figures()
         if step % config.checkpoint.every_steps == 0 or self.at_end:
-            self.keeper.save()
+            self.keeper.save(last=self.at_end)
         self.keeper.validate_if_due()
 
     @property

@@ -1,10 +1,9 @@
 """Whole weights of a stage's networks, also where ZeRO-3 has cut them over the ranks."""
 
-from pathlib import Path
-
 from safetensors.torch import save
 
 from mstkd.engine.environment import Ranks
+from mstkd.engine.new_files import NewFiles
 from mstkd.engine.stage import Stage
 from mstkd.methods import Method
 
@@ -28,7 +27,7 @@ class WholeWeights:
                     self._copy.networks[name].load_state_dict(self.stage.method.networks[name].state_dict())
         return self._copy
 
-    def write(self, folder: Path) -> None:
+    def write(self, files: NewFiles) -> None:
         """<role>.safetensors: what evaluate, predict, export and later stages read. Collective."""
         for role, engine in self.stage.engines.items():
             with engine.whole_weights():
@@ -38,4 +37,5 @@ class WholeWeights:
                         for name in engine.role.networks
                         for key, value in self.stage.method.networks[name].state_dict().items()
                     }
-                    (folder / f"{role}.safetensors").write_bytes(save(weights))  # save_file makes files for the owner alone
+                    content = save(weights)  # save_file makes files for the owner alone
+                    files.write(f"{role}.safetensors", lambda stream: stream.write(content))

@@ -1,5 +1,6 @@
 """A trained run as it lies on disk: its recipe, its data, its method with the best weights."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,8 @@ from safetensors.torch import load_file
 
 from mstkd.config import RunConfig
 from mstkd.data.training import open_stores
+from mstkd.engine import backend
+from mstkd.engine.checkpoint import damage
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.source import CaseSource
@@ -41,8 +44,11 @@ class TrainedRun:
         return Predictor(self.method, self.facts.sequences, self.config.data.crop, self.config.inference, device)
 
 
-def open_run(run_dir: Path) -> TrainedRun:
-    """The run in `run_dir` with its best weights. Raises UserError: no run, no checkpoint, another task."""
+def open_run(run_dir: Path, checkpoint: str = "best") -> TrainedRun:
+    """The run in `run_dir` with its best weights, or those of another `checkpoint` of its last stage (latest, step-00000120).
+
+    Raises UserError: no run, no such checkpoint, another task.
+    """
     run_dir = Path(run_dir)
     config = read_run_config(run_dir)
     data = read_record(run_dir)["data"]
@@ -52,7 +58,7 @@ def open_run(run_dir: Path) -> TrainedRun:
     method = build(config.method, facts, config.origin)
     if method.task != "segmentation":
         raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; only segmentation can be evaluated and predicted")
-    loaded = load_networks(run_dir, method)
+    loaded = load_networks(run_dir, method) if checkpoint == "best" else load_checkpoint(run_dir, method, checkpoint)
     networks = tuple(name for name in method.scored if name in loaded)
     if not networks:
         raise UserError(f"{run_dir}: none of {', '.join(method.scored)} is trained yet; train the run's next stage")
@@ -99,6 +105,38 @@ def load_network(run_dir: Path, method: Method, network: str, stage: str) -> Non
         raise UserError(f"{run_dir}: the best checkpoint of stage {stage} holds no network {network}")
 
 
+def load_checkpoint(run_dir: Path, method: Method, checkpoint: str) -> set[str]:
+    """As `load_networks`, but what the last stage trains comes from its `checkpoint`: latest, or step-00000120 and the like.
+
+    These are the weights as DeepSpeed saved them, put together here. Raises UserError if it is not there, damaged or does not fit.
+    """
+    stages = [name for name in method.stages if any((Path(run_dir) / name / "checkpoints").glob("step-????????"))]
+    if not stages:
+        raise UserError(f"{run_dir}: no stage has a checkpoint; train it until its first save")
+    before = [name for name in stages[:-1] if (Path(run_dir) / name / "checkpoints" / "best").is_file()]
+    loaded = {network for name in before for path in best_files(run_dir, name) for network in _load(path, method, None)}
+    folder = _checkpoint_folder(Path(run_dir) / stages[-1] / "checkpoints", checkpoint)
+    for name, role in method.roles(stages[-1]).items():
+        saved = backend.saved_weights(folder / name)
+        saved_as = {id(tensor): key for key, tensor in role.step.state_dict(keep_vars=True).items()}
+        for network in role.networks:
+            own = method.networks[network].state_dict(keep_vars=True)
+            _fill(method, network, {key: saved[saved_as[id(tensor)]] for key, tensor in own.items() if saved_as[id(tensor)] in saved}, folder)
+            loaded.add(network)
+    return loaded
+
+
+def _checkpoint_folder(folder: Path, checkpoint: str) -> Path:
+    pointer = folder / checkpoint
+    chosen = folder / pointer.read_text().strip() if checkpoint == "latest" and pointer.is_file() else pointer
+    kept = ", ".join(sorted(path.name for path in folder.glob("step-????????")))
+    if not re.fullmatch(r"step-\d{8}", chosen.name) or not chosen.is_dir():
+        raise UserError(f"{folder}: no checkpoint {checkpoint!r}; there are best, latest, {kept}")
+    if problem := damage(chosen):
+        raise UserError(f"{chosen} is damaged: {problem}; choose another one of best, {kept}")
+    return chosen
+
+
 def _load(path: Path, method: Method, only: str | None) -> list[str]:
     """Load the networks (or `only` one) in a file with keys <network>.<parameter or buffer>; returns their names."""
     states: dict[str, dict[str, torch.Tensor]] = {}
@@ -109,9 +147,13 @@ def _load(path: Path, method: Method, only: str | None) -> list[str]:
     for network, state in states.items():
         if network not in method.networks:
             raise UserError(f"{path}: network {network} is none of the method's; config.yaml and checkpoint differ")
-        try:
-            method.networks[network].load_state_dict(state)
-        except RuntimeError as error:
-            detail = " ".join(str(error).split())[:300]
-            raise UserError(f"{path}: does not fit network {network}: {detail}") from None
+        _fill(method, network, state, path)
     return list(states)
+
+
+def _fill(method: Method, network: str, state: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        method.networks[network].load_state_dict(state)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: does not fit network {network}: {detail}") from None

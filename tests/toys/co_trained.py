@@ -9,8 +9,8 @@ from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Secti
 from mstkd.methods import Method, Role, RoleStep
 
 
-def network(channels: int) -> nn.Module:
-    return nn.Sequential(nn.Conv3d(channels, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 3, 1))
+def network(channels: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv3d(channels, width, 3, padding=1), nn.BatchNorm3d(width), nn.ReLU(), nn.Conv3d(width, 3, 1))
 
 
 class NetworksStep(RoleStep):
@@ -48,6 +48,7 @@ class CoTrained(Method):
     class Config(Section):
         nan_at: list[int] = []
         critic_every: int = 1
+        width: int = 8
 
     task, stages = "segmentation", ("distill",)
     intensity = IntensityConfig()
@@ -56,7 +57,7 @@ class CoTrained(Method):
         self.config, self.facts = config, facts
         m = len(facts.sequences)
         critic = nn.Sequential(nn.Conv3d(3, 4, 3, stride=2), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 1))
-        self.networks = {"teacher": network(m), "student": network(m), "critic": critic}
+        self.networks = {"teacher": network(m, config.width), "student": network(m, config.width), "critic": critic}
 
     def roles(self, stage):
         adam = OptimizerConfig(lr=1e-2)

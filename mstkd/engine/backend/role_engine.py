@@ -11,6 +11,8 @@ from mstkd.batch import Batch, Progress, StepOutput
 from mstkd.config import TrainConfig
 from mstkd.engine.backend.library import deepspeed
 from mstkd.engine.backend.settings import deepspeed_config, role_settings
+from mstkd.engine.backend.universal import load_own, load_universal
+from mstkd.engine.new_files import NewFiles
 from mstkd.errors import UserError
 from mstkd.methods import Role
 
@@ -29,6 +31,10 @@ class RoleEngine:
             model_parameters=parameters,
             config=deepspeed_config(settings, train, accumulation, sum(p.numel() for p in parameters)),
         )
+        from mstkd.engine.backend.writer import Writer
+
+        self._engine.checkpoint_engine = Writer()
+        self._engine._copy_recovery_script = lambda folder: None  # a script for another layout, and rank 0 alone could fail at it
         self._base_lr = self.optimizer.lr
         self._norm: Tensor | None = None  # of the gradients, where DeepSpeed keeps none
 
@@ -69,15 +75,22 @@ class RoleEngine:
         norm = self._norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def save(self, folder: Path) -> None:
-        """Weights and optimiser state into `folder`/<role>. Collective."""
-        self._engine.save_checkpoint(str(folder), tag=self.name, save_latest=False)
+    def shapes(self) -> dict[str, list[int]]:
+        """Of every parameter and buffer that is saved, in order."""
+        state = self._engine.module.state_dict(keep_vars=True)
+        return {name: list(getattr(value, "ds_shape", value.shape)) for name, value in state.items()}  # ds_shape: under ZeRO-3 the whole one
 
-    def load(self, folder: Path) -> None:
-        """Collective."""
+    def save(self, files: NewFiles) -> None:
+        """Weights and optimiser state into the folder <role>. Collective."""
+        self._engine.checkpoint_engine.files = files
+        self._engine.save_checkpoint(str(files.folder), tag=self.name, save_latest=False)
+
+    def load(self, folder: Path, universal: bool = False) -> None:
+        """From `folder`/<role>; `universal`: as `convert` wrote it. Collective."""
+        load = load_universal if universal else load_own
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            path, _ = self._engine.load_checkpoint(str(folder), tag=self.name, load_lr_scheduler_states=False)
+            path = load(self._engine, folder, self.name)
         if path is None:
             raise UserError(f"checkpoint {folder.name}: no state for role {self.name}; use an older checkpoint or resume=never")
 
