@@ -5,10 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from rank_pool import RankPool
 from short_runs import TINY
 from test_engine import curve, flip_a_bit
 from test_train import assert_same_curve
+
+from mstkd.engine.backend.universal import _own_step_counters
 
 LOSSES = ("train/loss_networks", "train/loss_critic")
 # bf16: what is summed over ranks and over micro-batches is rounded elsewhere. Without any resume one and two ranks differ by as much.
@@ -122,3 +125,15 @@ def test_a_damaged_newest_checkpoint_falls_back_on_another_rank_count_too(one_ra
     flip_a_bit(tmp_path / "step-00000005")
     rest = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=2)[0]
     assert min(curve(rest)) == 5 and max(abs(curve(rest)[step] - curve(whole())[step]) for step in range(5, 11)) < 1e-5
+
+
+def test_groups_of_parameters_do_not_share_a_step_counter():
+    """DeepSpeed's ZeRO-3 loads one counter into all its groups (one per 10^9 parameters), and each would then count for all."""
+    first, second = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.Adam([first, second])
+    first.grad = second.grad = torch.ones(1)
+    optimizer.step()
+    optimizer.state[second]["step"] = optimizer.state[first]["step"]
+    _own_step_counters(optimizer)
+    optimizer.step()
+    assert [float(optimizer.state[parameter]["step"]) for parameter in (first, second)] == [2, 2]
