@@ -83,8 +83,8 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
           clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10, no_room=ROOM,
           profile=None, log_every=1, **checkpoint):  # fmt: skip
     """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there;
-    `bad`: list of (step, rank) whose loader skips a bad sample there; `no_room`: `at` these (step, rank), and in these validations,
-    no file of the rank may become longer than so many bytes: a real error of the system. Other words are `checkpoint` keys."""
+    `bad`: list of (step, rank) whose loader skips a bad sample there; `no_room`: `at` these (step, rank), `in_validation` likewise, and
+    `at_resume` on these ranks, no file of the rank may become longer than so many bytes: a real error of the system. Other words are `checkpoint` keys."""
     ranks = resolve_environment()
     backend.start(ranks)
     updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping}
@@ -116,6 +116,8 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
     stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
     heartbeat = Heartbeat(Path(folder), ranks, 0, config.watchdog)
     trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, config.checkpoint), Recorder(), stop, heartbeat)
+    if ranks.rank in no_room.get("at_resume", []):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (no_room["bytes"], resource.RLIM_INFINITY))
     try:
         if resumed := on_main(trainer.checkpoints.newest_sound, ranks):
             trainer.resume(*resumed)

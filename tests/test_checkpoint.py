@@ -12,7 +12,7 @@ from test_engine import curve, flip_a_bit
 from trained_run import make_run, on_ranks, write_run
 
 from mstkd.config import CheckpointConfig
-from mstkd.engine.checkpoint import Checkpoints, NotWrittenError, TrainState, damage
+from mstkd.engine.checkpoint import Checkpoints, NotWrittenError, TrainState, damage, read_state
 from mstkd.engine.environment import Ranks
 from mstkd.engine.new_files import NewFiles
 from mstkd.errors import UserError
@@ -148,11 +148,13 @@ def test_what_rank_0_cannot_seal_was_not_written(tmp_path):
 
 
 def test_what_is_written_in_the_background_counts_when_all_have_written_it(tmp_path):
-    checkpoints, weights = Checkpoints(tmp_path, ALONE, CheckpointConfig()), torch.zeros(1000)
+    checkpoints, weights, state = Checkpoints(tmp_path, ALONE, CheckpointConfig()), torch.zeros(1000), TrainState(1)
 
     def save(step):
-        checkpoints.save(TrainState(step), {}, lambda files: files.write("a", lambda stream: torch.save(weights, stream)), background=True)
+        assert state.step == step
+        checkpoints.save(state, {}, lambda files: files.write("a", lambda stream: torch.save(weights, stream)), background=True)
         weights.add_(1)  # the next update: what was saved must not change by it
+        state.step += 1
 
     save(1)
     checkpoints.finish()
@@ -163,6 +165,7 @@ def test_what_is_written_in_the_background_counts_when_all_have_written_it(tmp_p
     checkpoints.finish()
     assert not checkpoints.pending and after_a_crash.newest_sound()[0].name == "step-00000002"
     assert [float(torch.load(tmp_path / name / "a")[0]) for name in step_names(1, 2)] == [0, 1]
+    assert [read_state(tmp_path / name).step for name in step_names(1, 2)] == [1, 2]
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])

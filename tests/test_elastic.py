@@ -1,14 +1,18 @@
-"""A run saved by some number of ranks goes on with another: the same curve, the same weights, for every ZeRO stage."""
+"""A run saved by some number of ranks goes on with another: the same curve, the same weights, for every ZeRO stage.
+
+test_train.py has the same through the composition root, with the real loader.
+"""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from rank_pool import RankPool
-from short_runs import TINY
 from test_engine import curve, flip_a_bit
-from test_train import assert_same_curve
+
+from mstkd.engine.backend.universal import _own_step_counters
 
 LOSSES = ("train/loss_networks", "train/loss_critic")
 # bf16: what is summed over ranks and over micro-batches is rounded elsewhere. Without any resume one and two ranks differ by as much.
@@ -81,14 +85,6 @@ def test_two_ranks_to_four(two_ranks, whole, tmp_path):
         four_ranks.close()
 
 
-def test_a_run_goes_on_with_the_same_samples_masks_and_learning_rate(one_rank, two_ranks, phantom_shards, one_rank_curve, tmp_path):
-    words = [*TINY, f"data.shards={phantom_shards}", f"runs_dir={tmp_path / 'runs'}", "train.zero_stage=2"]
-    first = two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words, stop_at=4)
-    assert first[0]["stopped_by"] == "SIGTERM"
-    second = one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*words, "resume=required"])[0]
-    assert_same_curve(second["curve"], one_rank_curve)
-
-
 def test_the_converted_copy_serves_again_and_is_never_stale(one_rank, two_ranks, tmp_path):
     two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "a"), stop_after=3)
     copy = tmp_path / "a/step-00000003.universal"
@@ -117,8 +113,31 @@ def test_what_cannot_be_converted_says_so_and_changes_nothing(one_rank, two_rank
     assert two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), optimizer="sgd")[0]["finished"]
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_no_room_for_the_converted_copy(zero, one_rank, two_ranks, tmp_path):
+    one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), zero=zero, stop_after=3)
+    full = {"at": [], "bytes": 3000, "at_resume": [0]}
+    replies = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), zero=zero, no_room=full)
+    assert replies[0].startswith(f"TrainingError: {tmp_path}/step-00000003.universal: cannot be written (") and "\n" not in replies[0]
+    assert replies[0].endswith("free some space there, or resume on 1 ranks") and replies[1].startswith("FailedElsewhereError")
+    assert not list(tmp_path.glob("*.universal*"))
+    assert two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), zero=zero)[0]["finished"]
+
+
 def test_a_damaged_newest_checkpoint_falls_back_on_another_rank_count_too(one_rank, two_ranks, whole, tmp_path):
     two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=2, stop_after=5)
     flip_a_bit(tmp_path / "step-00000005")
     rest = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=2)[0]
     assert min(curve(rest)) == 5 and max(abs(curve(rest)[step] - curve(whole())[step]) for step in range(5, 11)) < 1e-5
+
+
+def test_groups_of_parameters_do_not_share_a_step_counter():
+    """DeepSpeed's ZeRO-3 loads one counter into all its groups (one per 10^9 parameters), and each would then count for all."""
+    first, second = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.Adam([first, second])
+    first.grad = second.grad = torch.ones(1)
+    optimizer.step()
+    optimizer.state[second]["step"] = optimizer.state[first]["step"]
+    _own_step_counters(optimizer)
+    optimizer.step()
+    assert [float(optimizer.state[parameter]["step"]) for parameter in (first, second)] == [2, 2]

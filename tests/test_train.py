@@ -69,6 +69,14 @@ def test_stop_signal_then_resume_gives_the_uninterrupted_curve(two_ranks, overri
     assert statuses(tmp_path / "runs") == {"mst_kdnet_phantom": "FINISHED", "mst_kdnet_phantom/distill": "FINISHED"}
 
 
+def test_another_rank_count_goes_on_with_the_same_samples_masks_and_learning_rate(one_rank, two_ranks, overrides, one_rank_curve):
+    words = [*overrides, "train.zero_stage=2"]
+    first = two_ranks.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words, stop_at=4)
+    assert first[0]["stopped_by"] == "SIGTERM"
+    second = one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=[*words, "resume=required"])[0]
+    assert_same_curve(second["curve"], one_rank_curve)
+
+
 def statuses(runs_dir: Path) -> dict[str, str]:
     """Status by name of every MLflow run."""
     client = MlflowClient(f"sqlite:///{runs_dir}/mlflow.db")

@@ -121,7 +121,7 @@ def load_checkpoint(run_dir: Path, method: Method, checkpoint: str) -> set[str]:
         saved_as = {id(tensor): key for key, tensor in role.step.state_dict(keep_vars=True).items()}
         for network in role.networks:
             own = method.networks[network].state_dict(keep_vars=True)
-            _fill(method, network, {key: saved[saved_as[id(tensor)]] for key, tensor in own.items() if saved_as[id(tensor)] in saved}, folder)
+            _fill(method, network, {key: saved[name] for key, tensor in own.items() if (name := saved_as.get(id(tensor))) in saved}, folder)
             loaded.add(network)
     return loaded
 
