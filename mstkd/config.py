@@ -7,10 +7,10 @@ model once its file is imported (`mstkd.methods.build`).
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from mstkd.errors import UserError
-from mstkd.recipe import assign, find_recipe, parse_override, read_yaml, validate_section
+from mstkd.recipe import assign, find_recipe, parse_override, read_json, read_yaml, validate_section
 
 
 class Section(BaseModel):
@@ -126,6 +126,11 @@ class TrainConfig(Section):
     max_skipped: int = Field(5, ge=0)  # consecutive non-finite steps before the run stops
     log_every: int = Field(10, ge=1)
     roles: dict[str, RoleConfig] = {}
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _read_deepspeed(cls, value: Any) -> Any:
+        return read_json(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":

@@ -23,6 +23,7 @@ from mstkd.data.training import TrainingSet, open_training
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine, role_settings
 from mstkd.engine.checkpoint import Checkpoints, is_finished
+from mstkd.engine.determinism import set_determinism
 from mstkd.engine.distributed import agreed, barrier, from_all, on_main
 from mstkd.engine.environment import Ranks, resolve_environment, slurm_job
 from mstkd.engine.heartbeat import Heartbeat
@@ -47,6 +48,7 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
     the loss stays non-finite.
     """
     ranks = resolve_environment()
+    set_determinism(config.train.deterministic)
     backend.check_precision(config.train.precision, ranks.device)
     config.train.accumulation(ranks.world)
     methods.read_config(config.method, config.origin)
@@ -92,9 +94,9 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     known = {role for name in method.stages for role in (stages.get(name) or method.roles(name))}
     if unknown := sorted(set(config.train.roles) - known):
         raise UserError(f"train.roles.{unknown[0]}: {config.method['name']} has no such role; its roles: {', '.join(sorted(known))}")
-    for roles in stages.values():
-        for name, role in roles.items():
-            role_settings(name, role, config.train)
+    accumulation = config.train.accumulation(ranks.world)
+    settings = [backend.check_role(name, role, config.train, accumulation) for roles in stages.values() for name, role in roles.items()]
+    backend.load_ops(settings, config.train.compile, ranks)
     if config.inference.window:
         method.check_crop(method.config, config.inference.window, "inference.window")
     if config.init_from:

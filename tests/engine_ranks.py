@@ -71,12 +71,12 @@ class Batches:
 
 
 def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
-          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10):  # fmt: skip
+          clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10, more=None):  # fmt: skip
     """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there;
-    `bad`: list of (step, rank) whose loader skips a bad sample there."""
+    `bad`: list of (step, rank) whose loader skips a bad sample there; `more`: further keys of the train section."""
     ranks = resolve_environment()
     backend.start(ranks)
-    updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping}
+    updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping, **(more or {})}
     config = toy_config(method, optimizer, {"keep": keep, "every_steps": every_steps}, updates)
     config.data.max_bad_samples = max_bad_samples
     facts = methods.DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], (8, 8, 8))
