@@ -90,10 +90,7 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     """Open the data and build the networks. Raises UserError for whatever in the configuration cannot work."""
     training = open_training(config.data, config.seed, complete_only=methods.load(config.method["name"]).complete_only)
     method, config = build_method(config, training)
-    stages = {name: method.roles(name) for name in chosen_stages(config, method)}
-    known = {role for name in method.stages for role in (stages.get(name) or method.roles(name))}
-    if unknown := sorted(set(config.train.roles) - known):
-        raise UserError(f"train.roles.{unknown[0]}: {config.method['name']} has no such role; its roles: {', '.join(sorted(known))}")
+    stages = stage_roles(config, method)
     accumulation = config.train.accumulation(ranks.world)
     settings = [backend.check_role(name, role, config.train, accumulation) for roles in stages.values() for name, role in roles.items()]
     backend.load_ops(settings, config.train.compile, ranks)
@@ -126,6 +123,15 @@ def chosen_stages(config: RunConfig, method: Method) -> list[str]:
     if unknown:
         raise UserError(f"stages: {unknown[0]!r} is no stage of {config.method['name']}; its stages: {', '.join(method.stages)}")
     return [name for name in method.stages if config.stages is None or name in config.stages]
+
+
+def stage_roles(config: RunConfig, method: Method) -> dict[str, dict[str, Role]]:
+    """The stages to train, in order: the roles of each. Raises UserError where `train.roles` names one that there is not."""
+    stages = {name: method.roles(name) for name in chosen_stages(config, method)}
+    known = {role for name in method.stages for role in (stages.get(name) or method.roles(name))}
+    if unknown := sorted(set(config.train.roles) - known):
+        raise UserError(f"train.roles.{unknown[0]}: {config.method['name']} has no such role; its roles: {', '.join(sorted(known))}")
+    return stages
 
 
 def total_steps(config: RunConfig, items_per_epoch: int) -> int:
