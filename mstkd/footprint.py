@@ -46,7 +46,7 @@ def role_memory(settings: RoleSettings, config: dict, elements: Elements, world:
     kept = FP32 * elements.kept * (1 - 1 / world)
     weights, gradients, master, host = part + kept, part, part, 0.0
     if settings.offload.optimizer:
-        host += master + moments + gradients
+        host += master + moments + 2 * gradients  # as they arrive, and in fp32 for the update
         master = moments = gradients = 0
     if settings.offload.parameters:
         host, weights = host + part, kept

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from short_runs import TINY
 
 from mstkd.config import OptimizerConfig, RunConfig, TrainConfig, load_config, resolved
 from mstkd.engine.backend import check_role
@@ -93,6 +94,7 @@ def test_a_contradiction_names_the_role_s_own_key():
 
 @pytest.mark.parametrize(("train", "declared", "expected"), [
     ({"zero_stage": 3}, {"double_backward": True}, "train.roles.networks.zero_stage: networks differentiates twice, which ZeRO-3 cannot"),
+    ({"zero_stage": 3, "compile": True}, {}, "train.compile: networks runs under ZeRO-3"),
     ({"zero_stage": 0, "offload": {"optimizer": True}}, {}, "train.offload.optimizer: networks runs under ZeRO-0"),
     ({"zero_stage": 2, "offload": {"parameters": True}}, {}, "train.offload.parameters: networks runs under ZeRO-2"),
     ({"zero_stage": 0, "roles": {"networks": {"offload": {"optimizer": True}}}}, {}, "train.roles.networks.offload.optimizer: networks runs under ZeRO-0"),
@@ -147,3 +149,35 @@ def test_a_contradiction_ends_a_run_before_it_begins(one_rank, phantom_shards, t
     with pytest.raises(AssertionError, match=r"UserError: train\.deepspeed: zero_optimization\.stage is 3"):
         one_rank.run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words)
     assert not list(tmp_path.iterdir())
+
+
+# train.deterministic and train.compile
+
+
+@pytest.mark.parametrize("pool", ["one_rank", "two_ranks"])
+def test_two_deterministic_runs_are_the_same_to_the_last_bit(pool, phantom_shards, tmp_path, request):
+    curves, weights = [], []
+    for runs in (tmp_path / "first", tmp_path / "second"):
+        words = [*TINY, f"data.shards={phantom_shards}", f"runs_dir={runs}", "train.deterministic=true", "train.steps=2", "data.crop=[32, 32, 32]"]
+        curves.append(request.getfixturevalue(pool).run("train_ranks.py", "run", recipe="mst_kdnet_phantom", overrides=words)[0]["curve"])
+        weights.append([path.read_bytes() for path in sorted(runs.glob("*/distill/checkpoints/*/*.safetensors"))])
+    assert curves[0] == curves[1] and len(curves[0]) == 2
+    assert weights[0] == weights[1] and len(weights[0]) == 2
+
+
+def test_an_operation_that_cannot_be_deterministic_is_one_line(two_ranks):
+    assert two_ranks.run("settings_ranks.py", "undetermined", deterministic=False) == ["done", "done"]
+    for line in two_ranks.run("settings_ranks.py", "undetermined", deterministic=True):
+        assert line.startswith("train.deterministic: put_, which role student uses, has no deterministic implementation on cpu; set"), line
+
+
+def test_compiled_training_gives_the_eager_curve(two_ranks, tmp_path):
+    def train(**more):
+        result = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / str(more)), zero=2, more=more)[0]
+        return [row["train/loss_networks"] for _, row in result["rows"] if "train/loss_networks" in row], result["weights"]["student"].keys()
+
+    (eager, names), (compiled, same_names) = train(), train(compile=True)
+    assert names == same_names
+    assert max(abs(a - b) for a, b in zip(eager, compiled, strict=True)) < 1e-4  # fused kernels round otherwise
+    for compile in (False, True):
+        assert two_ranks.run("settings_ranks.py", "engine_facts", train={"compile": compile, "zero_stage": 2})[0]["compiled"] == [compile] * 2
