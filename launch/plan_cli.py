@@ -1,7 +1,7 @@
 """`mstkd plan`: what a recipe will take, as tables."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -9,9 +9,6 @@ from rich.table import Table
 from mstkd.config import load_config
 from mstkd.errors import UserError
 from mstkd.launch.shards_cli import print_table
-
-if TYPE_CHECKING:
-    from mstkd.plan import Plan, RolePlan, StagePlan
 
 PARTS = {
     "weights": "weights", "gradients": "gradients", "moments": "moments", "master": "fp32 copy", "buffers": "buffers",
@@ -30,6 +27,7 @@ def plan(
     Example: mstkd plan mst_kdnet_brats2024 --world-size 8 data.shards=shards/brats2024_gli train.zero_stage=2
     """
     config = load_config(recipe, overrides or [])
+    config.train.accumulation(world_size)  # said at once, not after seconds of imports
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
         raise UserError(f"--json {json}: not a file in a folder that exists; create the folder, or give another name")
     from mstkd.plan import plan as run
@@ -48,7 +46,8 @@ def plan(
         typer.echo(f"wrote {json}")
 
 
-def _data(plan: "Plan") -> Table:
+def _data(plan) -> Table:
+    """Of a mstkd.plan.Plan."""
     table = Table("run", plan.recipe)
     counts = ", ".join(str(count) for count in plan.rank_counts)
     table.add_row("ranks", f"{plan.world}, accumulation {plan.accumulation}; the global batch allows {counts}")
@@ -58,7 +57,7 @@ def _data(plan: "Plan") -> Table:
     return table
 
 
-def _roles(stage: "StagePlan", device: str) -> Table:
+def _roles(stage, device: str) -> Table:
     """Parts as rows, roles as columns: it must fit a terminal."""
     roles = stage.roles
     table = Table(f"stage {stage.name}, {stage.steps} steps", *(role.name for role in roles), "together")
@@ -77,13 +76,13 @@ def _roles(stage: "StagePlan", device: str) -> Table:
     return table
 
 
-def _disk(plan: "Plan") -> str:
+def _disk(plan) -> str:
     needed = sum(stage.disk for stage in plan.stages)
     verdict = "" if needed <= plan.free_bytes else "; WARNING: that is too little: free some, lower checkpoint.keep, or set runs_dir=..."
     return f"disk: {_bytes(needed)} for checkpoints and logs, {_bytes(plan.free_bytes)} free where the run will lie{verdict}"
 
 
-def _total(roles: list["RolePlan"]) -> int:
+def _total(roles: list) -> int:
     return sum(role.parameters for role in roles)
 
 

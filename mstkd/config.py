@@ -123,7 +123,7 @@ class TrainConfig(Section):
     deterministic: bool = False  # the same bits in every run on the same machine; slower on GPUs
     deepspeed: dict[str, Any] = {}  # or the path of a DeepSpeed JSON file; "auto" is filled in from the keys above
     gradient_clipping: float = Field(0.0, ge=0)  # global L2 norm; 0 = off
-    max_skipped: int = Field(5, ge=0)  # consecutive non-finite steps before the run stops
+    max_skipped: int = Field(5, ge=0)  # consecutive non-finite steps before the run stops; with fp16 those count that no lower loss scale can help
     log_every: int = Field(10, ge=1)
     roles: dict[str, RoleConfig] = {}
 

@@ -4,8 +4,7 @@ The networks and the batch are fake tensors: shapes and types of the real ones, 
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,17 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mstkd.batch import Batch, Progress
+from mstkd.engine.backend.settings import AUTOCAST
 from mstkd.engine.frozen import frozen
 from mstkd.methods import Method, Role
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-@contextmanager
-def without_memory(device: torch.device) -> Iterator[None]:
-    """Tensors made inside are fake ones on `device`."""
-    with FakeTensorMode(), device:
-        yield
+def fake_tensors() -> FakeTensorMode:
+    """A context in which new tensors are fake ones; real weights may be used there, too. Enter one and the same every time."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def empty_batch(samples: int, sequences: int, crop: tuple[int, int, int], labelled: bool) -> Batch:
@@ -46,7 +42,7 @@ def kept_for_backward(method: Method, roles: dict[str, Role], batch: Batch, prec
         role.step.train()
         made, device = _Made(), batch.image.device.type
         borrowed = [method.networks[network] for network in role.borrows]
-        cast = torch.autocast(device, dtype=AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
+        cast = torch.autocast(device, dtype=getattr(torch, AUTOCAST.get(precision, "bfloat16")), enabled=precision in AUTOCAST)
         with made, cast, frozen(borrowed):
             output = role.step(batch, carry, Progress(step=0, epoch=0, total_steps=1, total_epochs=1))
             kept[name] = made.alive_bytes()

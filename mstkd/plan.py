@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mstkd import methods
 from mstkd.config import RunConfig
 from mstkd.data.training import TrainingSet, open_training
-from mstkd.dry_step import AUTOCAST, empty_batch, kept_for_backward, without_memory
+from mstkd.dry_step import empty_batch, fake_tensors, kept_for_backward
 from mstkd.engine import backend
-from mstkd.engine.backend.settings import deepspeed_config
+from mstkd.engine.backend.settings import AUTOCAST, deepspeed_config
+from mstkd.errors import UserError
 from mstkd.footprint import Memory, checkpoint_bytes, role_memory, weight_bytes
 from mstkd.methods import Method, Role
 from mstkd.train import build_method, stage_roles, total_steps
@@ -105,9 +107,9 @@ def plan(config: RunConfig, world: int) -> Plan:
     accumulation = config.train.accumulation(world)
     methods.read_config(config.method, config.origin)
     training = open_training(config.data, config.seed, complete_only=methods.load(config.method["name"]).complete_only)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with without_memory(device):
-        method, config = build_method(config, training)
+    fake = fake_tensors()
+    method, config, device = _build(config, training, fake)
+    with fake, device:
         planner = _Planner(config, method, training, world, accumulation)
         stages = [planner.stage(name, roles) for name, roles in stage_roles(config, method).items()]
     micro_batches = config.train.global_batch // config.train.micro_batch
@@ -121,8 +123,20 @@ def plan(config: RunConfig, world: int) -> Plan:
     )  # fmt: skip
 
 
+def _build(config: RunConfig, training: TrainingSet, fake: FakeTensorMode) -> tuple[Method, RunConfig, torch.device]:
+    """The method, of fake tensors if it can be; the configuration with its `method:` section resolved; the device of the dry step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with fake, device:
+            return *build_method(config, training), device
+    except UserError:
+        raise
+    except Exception:  # a constructor that looks at numbers, e.g. turns a linspace into a list
+        return *build_method(config, training), torch.device("cpu")
+
+
 class _Planner:
-    """Plans stage by stage; the networks are fake tensors."""
+    """Plans stage by stage."""
 
     def __init__(self, config: RunConfig, method: Method, training: TrainingSet, world: int, accumulation: int):
         self.config, self.method, self.training, self.world, self.accumulation = config, method, training, world, accumulation
@@ -167,6 +181,8 @@ class _Planner:
         """By role; {} and a note where the method's forward cannot run without numbers."""
         try:
             return kept_for_backward(self.method, roles, self.batch, self.config.train.precision)
+        except UserError:
+            raise
         except Exception as error:  # whatever a method does with the values of a tensor
             self.note = f"stage {stage}: activations are not known, the dry step stops at {type(error).__name__}: {str(error).splitlines()[0][:200]}"
             return {}

@@ -39,7 +39,9 @@ def test_the_compiled_adam_is_used_and_a_user_s_keys_go_with_it(two_ranks):
 
 
 def test_a_resume_of_offloaded_training_continues_exactly(two_ranks, tmp_path):
-    run = lambda name, **more: two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / name), zero=2, more={"offload": {"optimizer": True}}, **more)  # noqa: E731
+    def run(name, **more):
+        return two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / name), zero=2, more={"offload": {"optimizer": True}}, **more)
+
     whole = curve(run("whole"))
     first, second = curve(run("cut", stop_after=4)), curve(run("cut"))
     assert len(first) == 4 and first + second == whole

@@ -13,7 +13,7 @@ from tiny_shards import TARS, write_set
 from traffic import _settings
 
 from mstkd.config import load_config
-from mstkd.dry_step import AUTOCAST, empty_batch, kept_for_backward, without_memory
+from mstkd.dry_step import empty_batch, fake_tensors, kept_for_backward
 from mstkd.engine.backend import role_settings
 from mstkd.engine.backend.settings import deepspeed_config
 from mstkd.errors import UserError
@@ -105,12 +105,24 @@ def test_a_method_that_looks_at_numbers_is_planned_without_activations(shards, m
     assert "activations are not known, the dry step stops at DataDependentOutputException" in found.note
 
 
+def test_networks_that_cannot_be_built_without_numbers_are_built_with_them(shards, monkeypatch):
+    from toys.two_stage import TwoStage
+
+    def build(self, config, facts):
+        assert [x.item() for x in torch.linspace(0, 1, 2)] == [0, 1]  # as some networks do for their drop rates
+        plain(self, config, facts)
+
+    plain, expected = TwoStage.__init__, plan(_two_stage(shards), 2)
+    monkeypatch.setattr(TwoStage, "__init__", build)
+    assert plan(_two_stage(shards), 2).stages == expected.stages and expected.stages[0].roles[0].activations > 0
+
+
 # the dry step
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_dry_step_keeps_what_a_real_step_keeps(precision):
-    with without_memory(torch.device("cpu")):
+    with fake_tensors():
         dry = kept_for_backward((method := make()), method.roles("distill"), empty_batch(1, 4, CROP, True), precision)
     torch.manual_seed(0)
     method, batch = make(), make_batch()
@@ -136,7 +148,7 @@ def _saved_tensors(method, role, batch, precision) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision in AUTOCAST)
+    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
     with frozen([method.networks["critic"]]), cast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = role.step(batch, {}, Progress(0, 0, 1, 1))
     assert output.loss.requires_grad
@@ -176,6 +188,6 @@ def test_the_command_shows_tables_and_writes_json(shards, tmp_path):
     assert done.returncode == 0, done.stderr
     values = json.loads((tmp_path / "plan.json").read_text())
     assert values["stages"][0]["roles"][0]["parameters"] == 2 * 3_099_936 and values["stages"][0]["device_bytes"] > 1e8
-    for part in ("teacher 3,099,936", "accumulation 1; the global batch allows 1, 2", "moments", "activations", "sent per rank and step", "checkpoint", "disk:"):
+    for part in ("teacher 3,099,936", "accumulation 1; the global batch allows 1, 2", "moments", "activations", "sent per rank", "checkpoint", "disk:"):
         assert part in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -36,8 +36,8 @@ class LossScale:
         self._engine, self.settings = engine, settings
         self._plain = None  # torch's, without ZeRO
         if engine.torch_autocast_z0_gradscaler is not None:
-            device = engine.torch_autocast_z0_gradscaler._device
-            self._plain = torch.amp.GradScaler(device, init_scale=settings.initial, growth_interval=settings.window)
+            device = next(engine.module.parameters()).device
+            self._plain = torch.amp.GradScaler(device.type, init_scale=settings.initial, growth_interval=settings.window)
             engine.torch_autocast_z0_gradscaler = self._plain
         else:
             from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler

@@ -47,7 +47,7 @@ def role_settings(name: str, role: Role, train: TrainConfig) -> RoleSettings:
     )
     stage, offload = settings.zero_stage, _key("offload", name, train)
     if train.compile and stage == 3:
-        raise UserError(f"train.compile: {name} runs under ZeRO-3, which fetches weights inside each layer, unseen by torch.compile; use zero_stage 0, 1 or 2")
+        raise UserError(f"train.compile: {name} runs under ZeRO-3, whose fetching of weights torch.compile cannot follow; use zero_stage 0, 1 or 2")
     if role.double_backward and stage == 3:
         raise UserError(f"train.roles.{name}.zero_stage: {name} differentiates twice, which ZeRO-3 cannot; use 0, 1 or 2")
     if settings.offload.optimizer and stage == 0:
