@@ -15,6 +15,7 @@ from mstkd.config import load_config
 from mstkd.errors import UserError
 from mstkd.launch.bench_cli import bench
 from mstkd.launch.mlflow_cli import mlflow
+from mstkd.launch.plan_cli import plan
 from mstkd.launch.shards_cli import print_table, shards
 from mstkd.launch.status_cli import cancel, logs, status
 
@@ -95,7 +96,7 @@ def submit(
     typer.echo(f"follow with: mstkd status {prepared.name}; mstkd logs {prepared.name} --follow")
 
 
-for command in (status, logs, cancel):
+for command in (plan, status, logs, cancel):
     app.command()(command)
 
 

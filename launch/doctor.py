@@ -64,7 +64,7 @@ def _package(requirement: Requirement) -> Finding:
 
 def programs() -> list[Finding]:
     """Programs that training or submitting calls."""
-    compiles = "DeepSpeed compiles its collectives for CPU ranks on first use"
+    compiles = "DeepSpeed compiles its collectives for CPU ranks, and its Adam for train.offload, on first use"
     return [
         _program("g++", fail, f"install a C++ compiler: {compiles}"),
         _program("ninja", fail, f"pip install ninja: {compiles}"),

@@ -7,10 +7,10 @@ model once its file is imported (`mstkd.methods.build`).
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from mstkd.errors import UserError
-from mstkd.recipe import assign, find_recipe, parse_override, read_yaml, validate_section
+from mstkd.recipe import assign, find_recipe, parse_override, read_json, read_yaml, validate_section
 
 
 class Section(BaseModel):
@@ -123,9 +123,14 @@ class TrainConfig(Section):
     deterministic: bool = False  # the same bits in every run on the same machine; slower on GPUs
     deepspeed: dict[str, Any] = {}  # or the path of a DeepSpeed JSON file; "auto" is filled in from the keys above
     gradient_clipping: float = Field(0.0, ge=0)  # global L2 norm; 0 = off
-    max_skipped: int = Field(5, ge=0)  # consecutive non-finite steps before the run stops
+    max_skipped: int = Field(5, ge=0)  # consecutive non-finite steps before the run stops; with fp16 those count that no lower loss scale can help
     log_every: int = Field(10, ge=1)
     roles: dict[str, RoleConfig] = {}
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _read_deepspeed(cls, value: Any) -> Any:
+        return read_json(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,21 @@ def read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
     if not isinstance(values, dict):
         raise UserError(f"{path.name}: expected a mapping of keys to values")
     return values, dict(_key_lines(node, ""))
+
+
+def read_json(path: str) -> dict:
+    """A JSON file that holds an object; `path` counts from the working directory. Raises ValueError, for a validator."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror}); give the path of a JSON file, or keys") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON at line {error.lineno} ({error.msg}); correct the file") from None
+    except UnicodeDecodeError:
+        raise ValueError("not a text file in UTF-8; save it as one") from None
+    if not isinstance(values, dict):
+        raise ValueError("holds no JSON object; correct the file")
+    return values
 
 
 def validate_section(model: type[BaseModel], values: dict, prefix: str, source: str, origin: dict[str, str] | None = None) -> Any:

@@ -23,6 +23,7 @@ from mstkd.data.training import TrainingSet, open_training
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine, role_settings
 from mstkd.engine.checkpoint import Checkpoints, is_finished
+from mstkd.engine.determinism import set_determinism
 from mstkd.engine.distributed import agreed, barrier, from_all, on_main
 from mstkd.engine.environment import Ranks, resolve_environment, slurm_job
 from mstkd.engine.heartbeat import Heartbeat
@@ -50,6 +51,7 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
     startup = Startup()
     startup.reached("imports")
     ranks = resolve_environment()
+    set_determinism(config.train.deterministic)
     backend.check_precision(config.train.precision, ranks.device)
     config.train.accumulation(ranks.world)
     methods.read_config(config.method, config.origin)
@@ -94,13 +96,10 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     """Open the data and build the networks. Raises UserError for whatever in the configuration cannot work."""
     training = open_training(config.data, config.seed, complete_only=methods.load(config.method["name"]).complete_only)
     method, config = build_method(config, training)
-    stages = {name: method.roles(name) for name in chosen_stages(config, method)}
-    known = {role for name in method.stages for role in (stages.get(name) or method.roles(name))}
-    if unknown := sorted(set(config.train.roles) - known):
-        raise UserError(f"train.roles.{unknown[0]}: {config.method['name']} has no such role; its roles: {', '.join(sorted(known))}")
-    for roles in stages.values():
-        for name, role in roles.items():
-            role_settings(name, role, config.train)
+    stages = stage_roles(config, method)
+    accumulation = config.train.accumulation(ranks.world)
+    settings = [backend.check_role(name, role, config.train, accumulation) for roles in stages.values() for name, role in roles.items()]
+    backend.load_ops(settings, config.train.compile, ranks)
     if config.inference.window:
         method.check_crop(method.config, config.inference.window, "inference.window")
     if config.init_from:
@@ -130,6 +129,15 @@ def chosen_stages(config: RunConfig, method: Method) -> list[str]:
     if unknown:
         raise UserError(f"stages: {unknown[0]!r} is no stage of {config.method['name']}; its stages: {', '.join(method.stages)}")
     return [name for name in method.stages if config.stages is None or name in config.stages]
+
+
+def stage_roles(config: RunConfig, method: Method) -> dict[str, dict[str, Role]]:
+    """The stages to train, in order: the roles of each. Raises UserError where `train.roles` names one that there is not."""
+    stages = {name: method.roles(name) for name in chosen_stages(config, method)}
+    known = {role for name in method.stages for role in (stages.get(name) or method.roles(name))}
+    if unknown := sorted(set(config.train.roles) - known):
+        raise UserError(f"train.roles.{unknown[0]}: {config.method['name']} has no such role; its roles: {', '.join(sorted(known))}")
+    return stages
 
 
 def total_steps(config: RunConfig, items_per_epoch: int) -> int:

@@ -81,13 +81,14 @@ ROOM = {"at": [], "bytes": 0}
 
 def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
           clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10, no_room=ROOM,
-          profile=None, log_every=1, **checkpoint):  # fmt: skip
+          profile=None, log_every=1, more=None, **checkpoint):  # fmt: skip
     """Train the toy; returns the log rows, final weights and state. `no_data`: (step, rank) whose loader fails there;
     `bad`: list of (step, rank) whose loader skips a bad sample there; `no_room`: `at` these (step, rank), `in_validation` likewise, and
-    `at_resume` on these ranks, no file of the rank may become longer than so many bytes: a real error of the system. Other words are `checkpoint` keys."""
+    `at_resume` on these ranks, no file of the rank may become longer than so many bytes: a real error of the system. `more`: further keys of the
+    train section. Other words are `checkpoint` keys."""
     ranks = resolve_environment()
     backend.start(ranks)
-    updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping}
+    updates = {"steps": steps, "zero_stage": zero, "precision": precision, "max_skipped": max_skipped, "gradient_clipping": clipping, **(more or {})}
     config = toy_config(method, optimizer, {"keep": keep, "every_steps": every_steps, **checkpoint}, updates)
     config.data.max_bad_samples, config.train.log_every, config.profile.steps, config.runs_dir = max_bad_samples, log_every, profile, str(folder)
     facts = methods.DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], (8, 8, 8))

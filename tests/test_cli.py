@@ -36,7 +36,7 @@ def test_the_commands_are_those_of_the_design():
     words = {" ".join(path) for path in COMMANDS}
     assert words == {
         "shards phantom", "shards prepare", "shards build", "shards merge", "shards index", "shards verify", "shards inspect", "bench data",
-        "train", "submit", "status", "logs", "cancel", "evaluate", "predict", "export", "mlflow ui", "mlflow merge", "methods", "doctor",
+        "train", "plan", "submit", "status", "logs", "cancel", "evaluate", "predict", "export", "mlflow ui", "mlflow merge", "methods", "doctor",
     }  # fmt: skip
 
 
@@ -70,6 +70,8 @@ def test_help_names_every_command():
         (("logs", "toy", "--runs-dir", "absent"), ("absent", "--runs-dir")),
         (("cancel", "12", "--runs-dir", "absent"), ("absent", "--runs-dir")),
         (("submit", "mst_kdnet_phantom", "--cluster", "absent"), ("absent", "no such cluster")),
+        (("plan", "mst_kdnet_phantom"), ("demo/shards",)),
+        (("plan", "mst_kdnet_phantom", "--world-size", "3"), ("train.global_batch 2", "1 or 2 ranks, not 3")),
         (("train", "mst_kdnet_phantom", "steps"), ("'steps'", "key=value")),
         (("shards", "build", "--spec", "brats2018", "--src", "a"), ("--out", "mstkd shards build --help")),
         (("shards", "phantom", "--out", "x", "--subjects", "0"), ("--subjects", "mstkd shards phantom --help")),

@@ -12,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mstkd.traffic import PERSISTENT, Elements, bytes_per_step
 from rank_pool import RankPool
 
 WARM_UP, STEPS = 2, 2  # ZeRO-3 learns the order of the weights in its first step
-PERSISTENT = 100_000  # elements; ZeRO-3 keeps smaller tensors whole on every rank (DeepSpeed's param_persistence_threshold)
 NETWORK = {"width": 16, "decoder_width": 4, "embed_dim": 192, "layers": 4, "heads": 4, "mlp_dim": 512, "dropout": 0, "fuse_dropout": 0}
 CASES = [(0, "fp32", 1), (1, "fp32", 1), (2, "fp32", 1), (3, "fp32", 1), (1, "fp32", 2), (2, "fp32", 2), (3, "fp32", 2),
          (0, "bf16", 1), (1, "bf16", 1), (2, "bf16", 1), (3, "bf16", 1)]  # fmt: skip
@@ -90,23 +90,6 @@ def _sent() -> int:
     return int(line.split(":")[1].split()[8])
 
 
-def expected(zero: int, accumulation: int, world: int, elements: dict, reduce_scatter: float = 2) -> float:
-    """Bytes that one rank sends per step, (N-1)/N of each tensor and pass.
-
-    An all-reduce is two passes, an all-gather one. `reduce_scatter`: 1 under nccl, 2 under gloo, which all-reduces instead.
-    """
-    share = (world - 1) / world
-    reduced = 4 * elements["all"] - 2 * elements["half"]  # bytes of the gradients as they travel
-    whole = 4 * elements["all"]
-    if zero == 0:
-        return share * 2 * whole
-    if zero < 3:  # ZeRO-1 reduces once per step, ZeRO-2 in every micro-step; both all-reduce whole buckets
-        return share * (2 * reduced * (accumulation if zero == 2 else 1) + whole)
-    spread = reduced - (4 * elements["kept"] - 2 * elements["kept_half"])
-    # One gather serves forward and backward: up to 1e9 elements stay whole in between (DeepSpeed's max_reuse_distance).
-    return share * (accumulation * (reduce_scatter * reduced + spread) + 4 * elements["kept"])
-
-
 def main() -> None:
     if sys.argv[1:2] != ["inside"]:
         alone = ["unshare", "--net", *(["--map-root-user"] if os.geteuid() else []), sys.executable, __file__, "inside", *sys.argv[1:]]
@@ -118,8 +101,9 @@ def main() -> None:
     try:
         for zero, precision, accumulation in chosen:
             found = pool.run("traffic.py", "measure", zero=zero, precision=precision, accumulation=accumulation)[0]
-            formula = expected(zero, accumulation, world, found)
-            figures = f"{found['bytes'] / 1e6:>12.2f} {formula / 1e6:>11.2f} {found['bytes'] / formula:>6.3f}"
+            measured = found.pop("bytes")
+            formula = bytes_per_step(zero, accumulation, world, Elements(**found), gloo=True)
+            figures = f"{measured / 1e6:>12.2f} {formula / 1e6:>11.2f} {measured / formula:>6.3f}"
             print(f"{zero:>4} {precision:>9} {accumulation:>12} {figures}", flush=True)
     finally:
         pool.close()

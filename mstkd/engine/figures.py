@@ -22,6 +22,8 @@ def collect_figures(stage: Stage, step: int, meter: Meter, skipped: int, device:
         norm = engine.gradient_norm()
         if norm is not None:
             figures[f"gradient_norm/{engine.name}"] = norm
+        if engine.scale is not None:
+            figures[f"train/loss_scale_{engine.name}"] = engine.scale.value
     figures["train/skipped_steps"] = float(skipped)
     figures["memory/peak_gib"] = peak_memory_gib(device)
     return figures

@@ -38,13 +38,13 @@ class JitCache:
 
 
 def place_caches() -> JitCache:
-    """Point TORCH_EXTENSIONS_DIR and TRITON_CACHE_DIR, where the user has not set them, into a private folder of this node.
+    """Point the caches of torch's extensions, triton and torch.compile, where the user has not set them, into a private folder of this node.
 
     The folder lies under $TMPDIR (else /tmp) and is named by user, versions of torch, DeepSpeed and Python, and CPU features.
     Call before torch compiles anything and before triton is imported. Raises UserError if others may write to the folder.
     """
     node = Path(tempfile.gettempdir()) / f"mstkd-{os.geteuid()}-{_build_key()}"
-    places = {"TORCH_EXTENSIONS_DIR": node / "extensions", "TRITON_CACHE_DIR": node / "triton"}
+    places = {"TORCH_EXTENSIONS_DIR": node / "extensions", "TRITON_CACHE_DIR": node / "triton", "TORCHINDUCTOR_CACHE_DIR": node / "inductor"}
     unset = [name for name in places if not os.environ.get(name)]
     if unset:
         _private_folder(node)

@@ -35,11 +35,12 @@ class Update:
         """
         micro_batches = [(j, batch.to(self.ranks.device)) for j, batch in micro_batches]
         carry: dict[int, dict[str, Tensor]] = {j: {} for j, _ in micro_batches}
-        applied = True
+        applied = rescaled = True
         for engine in self.stage.engines.values():
             if (progress.step + 1) % engine.role.every == 0:
-                applied &= self._run_role(engine, micro_batches, carry, progress, meter)
-        self._count_skip(applied, progress.step)
+                done = self._run_role(engine, micro_batches, carry, progress, meter)
+                applied, rescaled = applied and done, rescaled and (done or engine.rescaled)
+        self._count_skip(applied, rescaled, progress.step)
 
     def _run_role(self, engine: RoleEngine, micro_batches: MicroBatches, carry: dict[int, dict], progress: Progress, meter: Meter) -> bool:
         engine.set_lr_factor(lr_factor(engine.schedule, progress))
@@ -57,7 +58,7 @@ class Update:
             carry[j] |= output.carry
             outputs.append(StepOutput(output.loss.detach(), output.scalars))
         if not applied:
-            self._report_non_finite(engine.name, outputs, progress.step)
+            self._report_non_finite(engine, outputs, progress.step)
             return False
         for output in outputs:
             meter.add({f"train/{name}": value for name, value in output.scalars.items()})
@@ -78,14 +79,21 @@ class Update:
             yield
         meter.computed(self._flops[role])
 
-    def _report_non_finite(self, role: str, outputs: list[StepOutput], step: int) -> None:
+    def _report_non_finite(self, engine: RoleEngine, outputs: list[StepOutput], step: int) -> None:
         terms = sorted({name for o in outputs for name, value in {"loss": o.loss, **o.scalars}.items() if not value.isfinite().all()})
         named = ", ".join(terms) or "none on this rank; the gradient is"
-        log.error("step %d, role %s: update skipped, non-finite: %s", step, role, named)
+        if engine.rescaled and not terms:
+            log.info("step %d, role %s: update skipped, loss scale lowered to %g", step, engine.name, engine.scale.value)
+        else:
+            log.error("step %d, role %s: update skipped, non-finite: %s", step, engine.name, named)
 
-    def _count_skip(self, applied: bool, step: int) -> None:
+    def _count_skip(self, applied: bool, rescaled: bool, step: int) -> None:
+        """`rescaled`: where it was skipped, fp16's loss scale was lowered, which is how it finds its value and no failure yet."""
         self.skipped += not applied
-        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        if applied:
+            self._skipped_in_a_row = 0
+        elif not rescaled:
+            self._skipped_in_a_row += 1
         limit = self.stage.config.train.max_skipped
         if self._skipped_in_a_row > limit:
             raise TrainingError(

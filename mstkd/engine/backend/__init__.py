@@ -1,10 +1,14 @@
 """All of DeepSpeed that mstkd uses: the process group, one engine per role; no other folder imports it."""
 
 from mstkd.engine.backend.communication import timed_collectives
+from mstkd.engine.backend.compiled_ops import load_ops
 from mstkd.engine.backend.consolidate import saved_weights
 from mstkd.engine.backend.process_group import shutdown, start
 from mstkd.engine.backend.role_engine import RoleEngine
-from mstkd.engine.backend.settings import check_precision, role_settings
+from mstkd.engine.backend.settings import RoleSettings, check_precision, check_role, role_settings
 from mstkd.engine.backend.universal import convert
 
-__all__ = ["RoleEngine", "check_precision", "convert", "role_settings", "saved_weights", "shutdown", "start", "timed_collectives"]
+__all__ = [
+    "RoleEngine", "RoleSettings", "check_precision", "check_role", "convert", "load_ops", "role_settings", "saved_weights",
+    "shutdown", "start", "timed_collectives",
+]  # fmt: skip

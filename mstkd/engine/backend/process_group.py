@@ -1,17 +1,16 @@
 """Joining and leaving the process group of the ranks."""
 
 import os
-import subprocess
 from datetime import timedelta
 
 import torch
 
 from mstkd.config import WatchdogConfig
+from mstkd.engine.backend.compiled_ops import load_op
 from mstkd.engine.backend.library import deepspeed
 from mstkd.engine.distributed import close_host_group, open_host_group
 from mstkd.engine.environment import Ranks
-from mstkd.engine.jit_cache import JitCache, one_builder, place_caches
-from mstkd.errors import UserError
+from mstkd.engine.jit_cache import JitCache, place_caches
 
 
 def start(ranks: Ranks, watchdog: WatchdogConfig = WatchdogConfig()) -> None:
@@ -39,18 +38,8 @@ def _compile_collectives(cache: JitCache) -> None:
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not builder.is_compatible():
-        return
-    try:
-        with one_builder(cache, builder.name):
-            builder.load()
-    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        reason = next((line for line in lines if "error:" in line or "not found" in line), lines[0])[:200]
-        raise UserError(
-            f"{cache.folder}: DeepSpeed's collectives for CPU ranks do not compile ({reason}); "
-            "install g++, ninja and the headers of Python on every node, see mstkd doctor"
-        ) from error
+    if builder is not None and builder.is_compatible():
+        load_op(builder, cache, "DeepSpeed's collectives for CPU ranks do", "")
 
 
 def shutdown() -> None:

@@ -1,6 +1,8 @@
 """One DeepSpeed engine per role."""
 
+import re
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,11 +12,14 @@ from torch import Tensor
 from mstkd.batch import Batch, Progress, StepOutput
 from mstkd.config import TrainConfig
 from mstkd.engine.backend.library import deepspeed
+from mstkd.engine.backend.loss_scale import LossScale, LossScaleSettings
 from mstkd.engine.backend.settings import deepspeed_config, role_settings
 from mstkd.engine.backend.universal import load_own, load_universal
 from mstkd.engine.new_files import NewFiles
 from mstkd.errors import UserError
 from mstkd.methods import Role
+
+LOSS_SCALE = "loss_scale"  # in the client state of a checkpoint
 
 
 class RoleEngine:
@@ -26,15 +31,18 @@ class RoleEngine:
         self.optimizer, self.schedule, self.zero_stage = settings.optimizer, settings.schedule, settings.zero_stage
         role.step.to(device)
         parameters = [p for p in role.step.parameters() if p.requires_grad]
-        self._engine, *_ = deepspeed().initialize(
-            model=role.step,
-            model_parameters=parameters,
-            config=deepspeed_config(settings, train, accumulation, sum(p.numel() for p in parameters)),
-        )
+        if train.compile:
+            for network in role.step.children():
+                network.compile()  # in place: the names of its weights stay
+        config = deepspeed_config(name, settings, train, accumulation, sum(p.numel() for p in parameters))
+        _forget_autocast()
+        self._engine, *_ = deepspeed().initialize(model=role.step, model_parameters=parameters, config=config)
         from mstkd.engine.backend.writer import Writer
 
         self._engine.checkpoint_engine = Writer()
         self._engine._copy_recovery_script = lambda folder: None  # a script for another layout, and rank 0 alone could fail at it
+        self.scale = LossScale(self._engine, LossScaleSettings.of(config)) if train.precision == "fp16" else None
+        self.rescaled = False  # the last update was skipped because of the loss scale, which has room to fall
         self._base_lr = self.optimizer.lr
         self._norm: Tensor | None = None  # of the gradients, where DeepSpeed keeps none
 
@@ -44,13 +52,30 @@ class RoleEngine:
         return self._base_lr * factor
 
     def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
-        """The loss of one micro-batch; `backward` and `step` must follow."""
+        """The loss of one micro-batch; `backward` and `step` must follow.
+
+        Raises UserError under `train.deterministic` at an operation that cannot be deterministic, as `backward` does.
+        """
         self._engine.module.train()
-        return self._engine(batch, carry, progress)
+        with self._determinism_asked_for(batch.image.device):
+            return self._engine(batch, carry, progress)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch, reduced over the ranks when its ZeRO stage does so."""
-        self._engine.backward(loss)
+        with self._determinism_asked_for(loss.device):
+            self._engine.backward(loss)
+
+    @contextmanager
+    def _determinism_asked_for(self, device: torch.device) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if operation := re.match(r"(\S+) does not have a deterministic implementation", str(error)):
+                raise UserError(
+                    f"train.deterministic: {operation[1]}, which role {self.name} uses, has no deterministic implementation on "
+                    f"{device.type}; set train.deterministic=false, or replace it in the method"
+                ) from error
+            raise
 
     def step(self) -> bool:
         """Close a micro-batch; at the accumulation boundary update. False if non-finite gradients made it skip (on all ranks)."""
@@ -58,11 +83,13 @@ class RoleEngine:
         boundary = engine.is_gradient_accumulation_boundary()
         # Without ZeRO the optimiser would take the NaN: gradients are already equal on all ranks, so each decides alike.
         skip = boundary and self.zero_stage == 0 and not self._gradients_finite()
-        if skip:
+        if skip and self.scale is None:  # torch's loss scaler must see them, and skips by itself
             engine.zero_grad()
-        before = engine.skipped_steps
+        before, scale = engine.skipped_steps, self.scale and self.scale.value
         engine.step()
-        return not (skip or engine.skipped_steps > before)
+        skip |= engine.skipped_steps > before
+        self.rescaled = skip and scale is not None and scale > self.scale.settings.smallest
+        return not skip
 
     def _gradients_finite(self) -> bool:
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
@@ -82,17 +109,20 @@ class RoleEngine:
 
     def save(self, files: NewFiles) -> None:
         """Weights and optimiser state into the folder <role>. Collective."""
+        state = {LOSS_SCALE: self.scale.state()} if self.scale else {}
         self._engine.checkpoint_engine.files = files
-        self._engine.save_checkpoint(str(files.folder), tag=self.name, save_latest=False)
+        self._engine.save_checkpoint(str(files.folder), tag=self.name, client_state=state, save_latest=False)
 
     def load(self, folder: Path, universal: bool = False) -> None:
         """From `folder`/<role>; `universal`: as `convert` wrote it. Collective."""
         load = load_universal if universal else load_own
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            path = load(self._engine, folder, self.name)
+            path, state = load(self._engine, folder, self.name)
         if path is None:
             raise UserError(f"checkpoint {folder.name}: no state for role {self.name}; use an older checkpoint or resume=never")
+        if self.scale:
+            self.scale.load(state.get(LOSS_SCALE, {}))
 
     @contextmanager
     def whole_weights(self):
@@ -105,3 +135,11 @@ class RoleEngine:
 
     def destroy(self) -> None:
         self._engine.destroy()
+
+
+def _forget_autocast() -> None:
+    """DeepSpeed remembers for the whole process that some engine used autocast; the next may be of another precision."""
+    deepspeed()
+    from deepspeed.runtime import torch_autocast
+
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None

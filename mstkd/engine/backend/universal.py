@@ -49,24 +49,26 @@ def _with_moments(source: Path, scratch: Path) -> Path:
     return scratch
 
 
-def load_own(engine, folder: Path, role: str) -> str | None:
-    """Load `folder`/<role>, as so many ranks saved it, into a DeepSpeed engine; None if it is not there. Collective."""
-    path, _ = engine.load_checkpoint(str(folder), tag=role, load_lr_scheduler_states=False)
-    return path
+def load_own(engine, folder: Path, role: str) -> tuple[str | None, dict]:
+    """Load `folder`/<role>, as so many ranks saved it, into a DeepSpeed engine; its path, None if it is not there, and what was saved with it.
+
+    Collective.
+    """
+    return engine.load_checkpoint(str(folder), tag=role, load_lr_scheduler_states=False)
 
 
-def load_universal(engine, folder: Path, role: str) -> str | None:
+def load_universal(engine, folder: Path, role: str) -> tuple[str | None, dict]:
     """As `load_own`, from the universal form. Collective."""
     engine._config.load_universal_checkpoint = True
     try:
         with silenced():  # "MPU is not provided"
-            path = load_own(engine, folder, role)
+            path, state = load_own(engine, folder, role)
     finally:
         engine._config.load_universal_checkpoint = False
     if path is not None:
         _load_buffers(engine.module, Path(path))
         _own_step_counters(engine.optimizer.optimizer)
-    return path
+    return path, state
 
 
 def _load_buffers(module: nn.Module, model_states: Path) -> None:
