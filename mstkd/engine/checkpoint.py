@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mstkd.engine.distributed import barrier
@@ -37,6 +37,7 @@ class TrainState:
     validated_step: int | None = None  # the last step whose validation is done
     finished: bool = False
     bad_samples: int = 0  # skipped so far, by all ranks in all attempts
+    frozen: dict[str, dict[str, str]] = field(default_factory=dict)  # networks that the stage uses and does not train: "path", "sha256"
 
 
 class Checkpoints:

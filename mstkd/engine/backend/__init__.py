@@ -3,5 +3,6 @@
 from mstkd.engine.backend.process_group import shutdown, start
 from mstkd.engine.backend.role_engine import RoleEngine
 from mstkd.engine.backend.settings import check_precision, role_settings
+from mstkd.engine.backend.sharded import ShardedNetwork
 
-__all__ = ["RoleEngine", "check_precision", "role_settings", "shutdown", "start"]
+__all__ = ["RoleEngine", "ShardedNetwork", "check_precision", "role_settings", "shutdown", "start"]
