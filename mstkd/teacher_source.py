@@ -41,7 +41,7 @@ def given_files(config: RunConfig) -> list[Path]:
 
 def stages_left_out(method: Method, given: set[str]) -> list[str]:
     """The stages that train nothing but networks which are given."""
-    return [stage for stage in method.stages if {network for role in method.roles(stage).values() for network in role.networks} <= given]
+    return [stage for stage in method.stages if {network for role in method.roles(stage).values() for network in role.results} <= given]
 
 
 def source_of(network: str, stage: str, config: RunConfig, given: set[str]) -> tuple[list[Path], str | None]:

@@ -162,7 +162,7 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbea
         resumed[1].frozen = state.frozen  # where it lies now
     for network in {*method.networks} - {*files}:
         method.networks[network].to(ranks.device)
-    frozen = FrozenNetworks({network: method.networks[network] for network in files}, roles, config.teacher.placement, ranks)
+    frozen = FrozenNetworks({network: method.networks[network] for network in files}, state.frozen, roles, config.teacher, ranks)
     accumulation = config.train.accumulation(ranks.world)
     engines = {role: RoleEngine(role, roles[role], config.train, accumulation, ranks.device) for role in roles}
     trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop, heartbeat, state)
@@ -171,6 +171,7 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbea
     trainer.tracker = tracker.child(name, start_step=trainer.state.step)
     try:
         finished = trainer.fit()
+        frozen.report(name)
     finally:
         for engine in engines.values():
             engine.destroy()
@@ -197,7 +198,7 @@ def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:
             total_steps=steps, start_step=start_step, rank=ranks.rank, world=ranks.world,
         )  # fmt: skip
 
-    trained = {network for engine in engines.values() for network in engine.role.networks}
+    trained = {network for engine in engines.values() for network in engine.role.results}
     scored = next((network for network in run.method.scored if network in trained), None)
 
     def validate(method: Method, stopping: Callable[[], bool]) -> dict[str, float] | None:

@@ -76,5 +76,6 @@ class Keeper:
         return any_rank([bool(self.trainer.stop)], self.ranks)[0]
 
     def _write_roles(self, folder: Path) -> None:
-        for engine in self.stage.engines.values():
+        for name, engine in self.stage.engines.items():
             engine.save(folder)
+            self.trainer.averages[name].save(folder)

@@ -13,8 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mstkd.config import TeacherConfig
 from mstkd.engine.backend import ShardedNetwork
+from mstkd.engine.distributed import sums
 from mstkd.engine.environment import Ranks
+from mstkd.engine.frozen import freeze
+from mstkd.engine.output_cache import CachedForward, OutputCache
 from mstkd.errors import UserError
 from mstkd.methods import Role
 
@@ -77,27 +81,28 @@ def refuse_changed(before: dict[str, Identity], now: dict[str, Identity]) -> Non
 class FrozenNetworks:
     """The frozen networks of a stage while it trains: switched off as trainable, and placed as `teacher.placement` says."""
 
-    def __init__(self, networks: dict[str, nn.Module], roles: dict[str, Role], placement: str, ranks: Ranks):
-        """Collective. `networks` hold their weights."""
-        self._sharded: list[ShardedNetwork] = []
+    def __init__(self, networks: dict[str, nn.Module], origin: dict[str, Identity], roles: dict[str, Role], config: TeacherConfig, ranks: Ranks):
+        """Collective. `networks` hold their weights, which come from `origin`."""
+        self.ranks, self._sharded = ranks, []
+        self._cache = OutputCache(Path(config.cache_dir), config.cache_gib) if networks and config.cache_dir else None
         for name, network in networks.items():
             freeze(network, name, roles)
-            if placement == "replicate":
-                network.to(ranks.device)
-            else:
-                self._sharded.append(ShardedNetwork(network, ranks.device, in_host_memory=placement == "cpu"))
+            if config.placement != "replicate":
+                self._sharded.append(ShardedNetwork(network, ranks.device, in_host_memory=config.placement == "cpu"))
+                continue
+            network.to(ranks.device)
+            if self._cache:
+                CachedForward(network, self._cache, origin[name]["sha256"])
+
+    def report(self, stage: str) -> None:
+        """Say what the cache was good for. Collective."""
+        if self._cache:
+            hits, misses = sums([self._cache.hits, self._cache.misses], self.ranks)
+            log.info("stage %s: teacher.cache_dir: %d outputs found there, %d computed", stage, hits, misses)
 
     def destroy(self) -> None:
         for network in self._sharded:
             network.destroy()
-
-
-def freeze(network: nn.Module, name: str, roles: dict[str, Role]) -> None:
-    """Evaluation mode and no gradient, for good. Raises RuntimeError if a role would train it all the same."""
-    network.requires_grad_(False).eval()
-    for role_name, role in roles.items():
-        if any(module is network for module in role.step.modules()):
-            raise RuntimeError(f"role {role_name} registers the frozen network {name}: keep it in a tuple, so that the engine does not train it")
 
 
 def _of_network(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

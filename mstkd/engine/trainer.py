@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mstkd.engine.averages import Averages
 from mstkd.engine.checkpoint import Checkpoints, TrainState
 from mstkd.engine.distributed import raise_together, sums
 from mstkd.engine.environment import Ranks
@@ -34,13 +35,15 @@ class Trainer:
 
     def __post_init__(self):
         self.meter = Meter(self.ranks)
-        self.update = Update(self.stage, self.ranks)
+        self.averages = {name: Averages(engine, self.stage.method.networks, self.ranks) for name, engine in self.stage.engines.items()}
+        self.update = Update(self.stage, self.ranks, self.averages)
         self.keeper = Keeper(self)
 
     def resume(self, folder: Path, state: TrainState) -> None:
         """Continue from a sound checkpoint. Collective."""
-        for engine in self.stage.engines.values():
+        for name, engine in self.stage.engines.items():
             engine.load(folder)
+            self.averages[name].load(folder)
         self.state = state
         self.checkpoints.saved_step = state.step
         log.info("stage %s: resumed at step %d", self.stage.name, state.step)

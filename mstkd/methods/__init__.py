@@ -50,10 +50,17 @@ class Role:
     step: RoleStep
     networks: tuple[str, ...]  # names in Method.networks that this role trains
     borrows: tuple[str, ...] = ()  # networks of other roles, used as plain frozen modules
+    averages: dict[str, str] = field(default_factory=dict)  # moving averages (mean teachers): network name -> which of `networks` it follows
+    decay: float = 0.999  # of the averages, per update
     every: int = 1
     double_backward: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The networks that come out of this role: trained ones and averages."""
+        return (*self.networks, *self.averages)
 
 
 class Method(ABC):

@@ -37,15 +37,20 @@ class WeightConfig(Section):
     feature: float = Field(0.1, ge=0)  # 0: no projections are built
 
 
-class KDConfig(Section):
-    teacher: NetworkConfig = NetworkConfig(arguments={"init_filters": 32})
-    student: NetworkConfig = NetworkConfig(arguments={"init_filters": 16})
+class DistillConfig(Section):
+    """What every method with these losses has."""
+
     weights: WeightConfig = WeightConfig()
     divergence: Literal["regions", "standardised"] = "regions"  # of the logits: per region, or over z-scored channels (CVPR 2024)
     tau: float = Field(4.0, gt=0)  # temperature of the logits
     targets: Literal["region", "disjoint"] = "region"
     rc_channel: bool = False  # resection cavity as a channel of its own instead of background
     intensity: IntensityConfig = IntensityConfig()
+
+
+class KDConfig(DistillConfig):
+    teacher: NetworkConfig = NetworkConfig(arguments={"init_filters": 32})
+    student: NetworkConfig = NetworkConfig(arguments={"init_filters": 16})
 
 
 class FitStep(RoleStep):
@@ -63,7 +68,7 @@ class FitStep(RoleStep):
 class DistillStep(RoleStep):
     """The student, which sees a subset, learns the labels and what the teacher makes of all sequences."""
 
-    def __init__(self, student: nn.Module, projection: nn.Module | None, teacher: nn.Module, channels: TumourChannels, config: KDConfig):
+    def __init__(self, student: nn.Module, projection: nn.Module | None, teacher: nn.Module, channels: TumourChannels, config: DistillConfig):
         super().__init__()
         self.student, self.projection = student, projection
         self.teacher = (teacher,)  # a tuple: not registered, so neither trained nor switched to training mode nor saved
