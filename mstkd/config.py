@@ -242,9 +242,7 @@ class RunConfig(Section):
         if self.teacher.cache_dir is not None and self.data.crops != "fixed":
             raise ValueError("teacher.cache_dir needs data.crops=fixed: a fresh crop is never seen again")
         if self.teacher.cache_dir is not None and self.teacher.placement != "replicate":
-            raise ValueError(
-                f"teacher.cache_dir needs teacher.placement=replicate: with {self.teacher.placement} all ranks call the teacher, whatever each has cached"
-            )
+            raise ValueError(f"teacher.cache_dir needs teacher.placement=replicate: with {self.teacher.placement} every call takes all ranks")
         return self
 
     @model_validator(mode="after")

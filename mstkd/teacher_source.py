@@ -40,8 +40,9 @@ def given_files(config: RunConfig) -> list[Path]:
 
 
 def stages_left_out(method: Method, given: set[str]) -> list[str]:
-    """The stages that train nothing but networks which are given."""
-    return [stage for stage in method.stages if {network for role in method.roles(stage).values() for network in role.results} <= given]
+    """The stages that train nothing but networks which are given; one that goes on from a given network is none of them."""
+    results = {stage: {network for role in method.roles(stage).values() for network in role.results} for stage in method.stages}
+    return [stage for stage in method.stages if results[stage] <= given - method.needs(stage).keys()]
 
 
 def source_of(network: str, stage: str, config: RunConfig, given: set[str]) -> tuple[list[Path], str | None]:

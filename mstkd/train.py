@@ -153,9 +153,11 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbea
         log.info("stage %s: already finished at step %d", name, resumed[1].step)
         return True
     with agreed(ranks):
-        files = {network: _load_frozen(network, earlier, run) for network, earlier in method.needs(name).items()}
-        if config.init_from and name == method.stages[0] and not resumed:
+        if config.init_from and not resumed:
             warm_start(method, safetensors_of(Path(config.init_from)))
+        files = {network: _load_needed(network, earlier, run) for network, earlier in method.needs(name).items()}
+    trained = {network for role in roles.values() for network in role.results}  # one that is needed and trained only starts from there
+    files = {network: file for network, file in files.items() if network not in trained}
     state = TrainState(frozen=on_main(lambda: {network: identity(file) for network, file in files.items()}, ranks))
     if resumed:
         refuse_changed(resumed[1].frozen, state.frozen)
@@ -181,7 +183,7 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbea
     return finished
 
 
-def _load_frozen(network: str, earlier: str, run: Run) -> Path:
+def _load_needed(network: str, earlier: str, run: Run) -> Path:
     """Load a network that an earlier stage trains, or `teacher.path` gives; returns the file it was in."""
     files, pick = source_of(network, earlier, run.config, run.given)
     return load_weights(run.method.networks[network], network, files, pick)

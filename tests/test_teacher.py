@@ -10,11 +10,14 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
+from small_mst_kdnet import START, make, make_batch
 from torch import nn
 
 from mstkd.engine.output_cache import CachedForward, OutputCache
 from mstkd.engine.teacher import load_weights
 from mstkd.errors import UserError
+from mstkd.evaluate.weights import load_given, open_run
+from mstkd.losses.dice import soft_dice
 
 STEPS = 4
 
@@ -84,6 +87,14 @@ def test_a_stage_of_its_own_job_begins_like_one_in_the_same_job(trained, one_ran
     assert losses(alone) == losses(together) == pytest.approx(losses(trained[1]), rel=1e-5)
 
 
+def test_a_stage_that_trains_what_it_needs_begins_there(one_rank, recipe, tmp_path):
+    words = [f"runs_dir={tmp_path}", "method.name=toys.going_on", "train.roles={teacher: {optimizer: {lr: 0.05}}, student: {optimizer: {lr: 0.05}}}"]
+    rows = one_rank.run("teacher_ranks.py", "run", recipe=recipe, overrides=words)[0]
+    fits = [rows[stage][step]["train/fit"] for stage in ("teacher", "student") for step in (1, STEPS)]
+    assert fits[0] > fits[2] > fits[3]  # the same first batch
+    assert state(tmp_path / "toy", "student")["frozen"] == {}
+
+
 def test_a_role_that_registers_its_frozen_network_is_found_out():
     from mstkd.engine.frozen import freeze
     from mstkd.methods import Role
@@ -96,6 +107,21 @@ def test_a_role_that_registers_its_frozen_network_is_found_out():
     teacher = nn.Conv3d(1, 1, 1)
     with pytest.raises(RuntimeError, match="role student registers the frozen network teacher: keep it in a tuple"):
         freeze(teacher, "teacher", {"student": Role(Wrong(teacher), ("student",))})
+
+
+def test_a_co_trained_teacher_that_is_detached_learns_from_its_own_terms_alone():
+    torch.manual_seed(0)
+    method, batch = make(detach_teacher=True), make_batch()
+    teacher = method.networks["teacher"]
+    method.roles("distill")["networks"].step(batch, {}, START).loss.backward()
+    together = [p.grad.clone() for p in teacher.parameters() if p.grad is not None]
+    teacher.zero_grad()
+    target = method.channels.encode(batch.label)
+    (method.config.weights.dice_teacher * soft_dice(teacher(batch.image).logits.sigmoid(), target).sum()).backward()
+    alone = [p.grad for p in teacher.parameters() if p.grad is not None]
+    assert len(together) == len(alone)
+    for ours, own in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-9)
 
 
 # where the weights come from
@@ -167,9 +193,22 @@ def test_a_teacher_from_elsewhere_trains_the_student_alone_and_its_path_stays_ou
     words = [f"runs_dir={tmp_path}", f"teacher.path={run}"]
     again = one_rank.run("teacher_ranks.py", "run", recipe=recipe, overrides=words)[0]
     assert losses(again) == losses(rows) and set(again) == {"student"} and not (tmp_path / "toy/teacher").exists()
+    assert open_run(tmp_path / "toy").networks == ("student", "teacher")  # evaluated from where it was found
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     logged = [run.data.to_dictionary() for run in client.search_runs([e.experiment_id for e in client.search_experiments()])]
     assert logged and str(run) not in json.dumps(logged)
+
+
+def test_a_trained_run_does_without_a_teacher_that_is_gone_unless_its_predictions_need_it(trained, one_rank, recipe, tmp_path):
+    file = Path(shutil.copy(best(trained[0], "teacher", "teacher"), tmp_path / "teacher.safetensors"))
+    words = [f"runs_dir={tmp_path}", f"teacher.path={file}", "train.steps=1"]
+    one_rank.run("teacher_ranks.py", "run", recipe=recipe, overrides=words)
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    run = open_run(tmp_path / "toy")
+    assert run.networks == ("student",)
+    run.method.scored = ("student",)  # as where the frozen network is a part of how the student predicts
+    with pytest.raises(UserError, match=f"its frozen network teacher came from {file}, which is not as it was"):
+        load_given(run.folder, run.method, run.config, {"student"})
 
 
 def cut_back(run: Path, step: int) -> None:
@@ -224,8 +263,7 @@ def test_bad_input_is_one_line(change, expected, trained, one_rank, recipe, tmp_
 # placement
 
 
-@pytest.mark.parametrize("through", [False, True])
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize(("through", "zero"), [(False, 0), (True, 3)])
 def test_the_curve_is_the_same_wherever_the_teacher_lies(through, zero, trained, two_ranks, recipe, tmp_path):
     """Also where the student itself is cut, and where the student's gradient passes through the teacher."""
     words = [f"teacher.path={trained[0]}", f"train.zero_stage={zero}", f"method.gradient_through={str(through).lower()}"]

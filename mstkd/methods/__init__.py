@@ -90,8 +90,8 @@ class Method(ABC):
     def needs(self, stage: str) -> dict[str, str]:
         """Networks that `stage` takes from an earlier one: network name -> stage name.
 
-        They stay as they are: in evaluation mode and without gradient, outside the role's registered modules (keep
-        them in a tuple). With `teacher.placement` zero3 or cpu a call gathers weights from all ranks, so in training every
+        What the stage also trains begins with those weights. The others stay as they are: in evaluation mode and without
+        gradient, outside the role's registered modules (keep them in a tuple). With `teacher.placement` zero3 or cpu a call gathers weights from all ranks, so in training every
         rank calls them equally often and `predict` of a network that the stage trains does without them.
         """
         return {}

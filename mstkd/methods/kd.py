@@ -183,8 +183,8 @@ def weighted(terms: dict[str, Tensor], weights: WeightConfig) -> StepOutput:
 
 def _of_equal_size(full: tuple[Tensor, ...], missing: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """Float32 maps, the teacher's resampled to the size of the student's where another architecture has another."""
-    resized = [f.float() if f.shape == m.shape else F.interpolate(f.float(), m.shape[2:], mode="trilinear") for f, m in zip(full, missing, strict=True)]
-    return resized, [m.float() for m in missing]
+    full, missing = [f.float() for f in full], [m.float() for m in missing]
+    return [f if f.shape == m.shape else F.interpolate(f, m.shape[2:], mode="trilinear") for f, m in zip(full, missing, strict=True)], missing
 
 
 def _role(step: RoleStep, networks: tuple[str, ...]) -> Role:
