@@ -288,6 +288,13 @@ def test_a_cut_teacher_is_held_in_parts(two_ranks):
             assert result["after"] < 0.6 * result["whole"]  # small tensors stay once gathered
 
 
+@pytest.mark.parametrize("zero", [0, 3])
+def test_validation_sees_whole_frozen_networks_whatever_the_student_is_cut_into(zero, two_ranks, tmp_path):
+    """As a method needs it whose student predicts through a frozen network."""
+    results = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), zero=zero, steps=2, method={"name": "toys.given"})
+    assert all((result["weights"]["teacher"]["0.weight"] == 0.25).all() for result in results)
+
+
 # cache
 
 
