@@ -28,7 +28,7 @@ from mstkd.engine.environment import Ranks, resolve_environment, slurm_job
 from mstkd.engine.heartbeat import Heartbeat
 from mstkd.engine.stage import Stage
 from mstkd.engine.stop import StopFlag, stop_signals, weightier
-from mstkd.engine.teacher import FrozenNetworks, Identity, identity, load_weights, refuse_changed
+from mstkd.engine.teacher import FrozenNetworks, identities, load_weights
 from mstkd.engine.trainer import Trainer
 from mstkd.engine.warm_start import warm_start
 from mstkd.errors import FailedElsewhereError, TrainingError, UserError
@@ -158,16 +158,15 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbea
         files = {network: _load_needed(network, earlier, run) for network, earlier in method.needs(name).items()}
     trained = {network for role in roles.values() for network in role.results}  # one that is needed and trained only starts from there
     files = {network: file for network, file in files.items() if network not in trained}
-    state = TrainState(frozen=on_main(lambda: {network: identity(file) for network, file in files.items()}, ranks))
-    if resumed:
-        refuse_changed(resumed[1].frozen, state.frozen)
-        resumed[1].frozen = state.frozen  # where it lies now
+    before = resumed[1] if resumed else TrainState()
+    before.frozen = on_main(lambda: identities(files, before.frozen), ranks)
     for network in {*method.networks} - {*files}:
         method.networks[network].to(ranks.device)
-    frozen = FrozenNetworks({network: method.networks[network] for network in files}, state.frozen, roles, config.teacher, ranks)
+    with agreed(ranks):
+        frozen = FrozenNetworks({network: method.networks[network] for network in files}, before.frozen, roles, config.teacher, ranks)
     accumulation = config.train.accumulation(ranks.world)
     engines = {role: RoleEngine(role, roles[role], config.train, accumulation, ranks.device) for role in roles}
-    trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop, heartbeat, state)
+    trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop, heartbeat, before)
     if resumed:
         trainer.resume(*resumed)
     trainer.tracker = tracker.child(name, start_step=trainer.state.step)

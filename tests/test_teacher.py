@@ -381,6 +381,15 @@ def test_the_least_recently_used_leaves_first_and_the_limit_holds(tmp_path):
         tight(a)
 
 
+def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path, caplog):
+    teacher, _, calls = cached(tmp_path / "cache")
+    (tmp_path / "cache/lock").mkdir()  # root may write anywhere; a folder for a file stands for a full disk
+    for _ in range(2):
+        image = torch.randn(1, 2, 3, 3, 3)
+        assert torch.equal(teacher(image)["logits"], image * 2)
+    assert calls == [1, 1] and caplog.text.count("cannot be written to (Is a directory); outputs are kept no more") == 1
+
+
 def test_an_output_that_is_not_per_sample_is_refused(tmp_path):
     class Teacher(nn.Module):
         def forward(self, image):

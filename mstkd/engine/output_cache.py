@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class OutputCache:
     def __init__(self, folder: Path, limit_gib: float):
         self.folder, self.limit_bytes, self.limit_gib = Path(folder), int(limit_gib * 2**30), limit_gib
         self.hits = self.misses = 0
+        self._writable = True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -42,7 +43,8 @@ class OutputCache:
             with safe_open(path, "pt") as file:
                 tensors = [file.get_tensor(str(place)) for place in range(len(file.keys()))]
                 sound = (file.metadata() or {}).get("sha256") == _digest(tensors)
-            os.utime(path)  # the time of its use, which eviction sorts by
+            with suppress(OSError):
+                os.utime(path)  # the time of its use, which eviction sorts by
         except FileNotFoundError:  # never stored, or evicted meanwhile
             sound, tensors = True, None
         except (SafetensorError, OSError):
@@ -57,7 +59,12 @@ class OutputCache:
         return tensors
 
     def put(self, name: str, tensors: list[Tensor]) -> None:
-        """Store detached tensors. Raises UserError if they alone exceed the limit or cannot be written."""
+        """Store tensors. Where they cannot be written, a warning says so once and nothing more is kept: a run does not end for a cache.
+
+        Raises UserError if they alone exceed the limit.
+        """
+        if not self._writable:
+            return
         data = save({str(place): tensor for place, tensor in enumerate(tensors)}, {"sha256": _digest(tensors)})
         if len(data) > self.limit_bytes:
             raise UserError(f"teacher.cache_gib {self.limit_gib:g}: one output takes {len(data) / 2**30:.2g} GiB; raise it")
@@ -69,9 +76,8 @@ class OutputCache:
                 partial.write_bytes(data)
                 os.replace(partial, path)
         except OSError as error:
-            raise UserError(
-                f"teacher.cache_dir {self.folder}: cannot be written to ({error.strerror}); make room, lower teacher.cache_gib, or leave it out"
-            ) from None
+            self._writable = False
+            log.warning("teacher.cache_dir %s: cannot be written to (%s); outputs are kept no more", self.folder, error.strerror)
 
     def _missed(self) -> None:
         self.misses += 1

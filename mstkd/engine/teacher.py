@@ -67,8 +67,9 @@ def identity(file: Path) -> Identity:
         return {"path": str(file.resolve()), "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def refuse_changed(before: dict[str, Identity], now: dict[str, Identity]) -> None:
-    """Raise UserError if a frozen network's file holds other bytes than those the stage began with; it may have moved."""
+def identities(files: dict[str, Path], before: dict[str, Identity]) -> dict[str, Identity]:
+    """Those of frozen networks' files. Raises UserError if one holds other bytes than `before`; it may have moved."""
+    now = {network: identity(file) for network, file in files.items()}
     for network in sorted(before.keys() & now.keys()):
         old, new = before[network]["sha256"], now[network]["sha256"]
         if old != new:
@@ -76,6 +77,7 @@ def refuse_changed(before: dict[str, Identity], now: dict[str, Identity]) -> Non
                 f"{now[network]['path']}: the frozen network {network} is another one than this stage began with (sha256 {new[:12]}, was {old[:12]}, "
                 f"from {before[network]['path']}); restore that file, or start another run with name=..."
             )
+    return now
 
 
 class FrozenNetworks:

@@ -24,7 +24,7 @@ from mstkd.targets import TumourChannels
 
 class NetworkConfig(Section):
     architecture: Literal["mst_kdnet", "SegResNet", "UNet", "DynUNet", "SwinUNETR"] = "SegResNet"
-    arguments: dict[str, Any] = {}  # of the network's class, besides input, output and crop
+    arguments: dict[str, Any] = {}  # of the network's class, besides input, output and crop; default: its own
     features: list[str] | None = None  # submodules whose outputs are matched; default: the deepest map and the decoder's last
 
 
@@ -49,8 +49,8 @@ class DistillConfig(Section):
 
 
 class KDConfig(DistillConfig):
-    teacher: NetworkConfig = NetworkConfig(arguments={"init_filters": 32})
-    student: NetworkConfig = NetworkConfig(arguments={"init_filters": 16})
+    teacher: NetworkConfig = NetworkConfig()
+    student: NetworkConfig = NetworkConfig()
 
 
 class FitStep(RoleStep):

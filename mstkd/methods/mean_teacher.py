@@ -16,7 +16,7 @@ from mstkd.targets import TumourChannels
 
 
 class MeanTeacherConfig(DistillConfig):
-    network: NetworkConfig = NetworkConfig(arguments={"init_filters": 16})
+    network: NetworkConfig = NetworkConfig()
     weights: WeightConfig = WeightConfig(feature=0.0)
     decay: float = Field(0.999, ge=0, lt=1)  # of the average, per update
     ramp_epochs: int = Field(20, ge=1)  # until the teacher's terms have their full weight: at first it knows nothing
