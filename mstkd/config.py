@@ -251,6 +251,14 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _cache_can_hit(self) -> "RunConfig":
+        if self.teacher.cache_dir is not None and self.data.crops != "fixed":
+            raise ValueError("teacher.cache_dir needs data.crops=fixed: a fresh crop is never seen again")
+        if self.teacher.cache_dir is not None and self.teacher.placement != "replicate":
+            raise ValueError(f"teacher.cache_dir needs teacher.placement=replicate: with {self.teacher.placement} every call takes all ranks")
+        return self
+
+    @model_validator(mode="after")
     def _inference_as_trained(self) -> "RunConfig":
         if self.inference.precision is None:
             self.inference = self.inference.model_copy(update={"precision": self.train.precision})

@@ -18,6 +18,7 @@ from mstkd.engine.backend.settings import AUTOCAST, deepspeed_config
 from mstkd.errors import UserError
 from mstkd.footprint import Memory, checkpoint_bytes, role_memory, weight_bytes
 from mstkd.methods import Method, Role
+from mstkd.teacher_source import given_networks
 from mstkd.train import build_method, stage_roles, total_steps
 from mstkd.traffic import PERSISTENT, bytes_per_step, count_elements
 
@@ -111,7 +112,7 @@ def plan(config: RunConfig, world: int) -> Plan:
     method, config, device = _build(config, training, fake)
     with fake, device:
         planner = _Planner(config, method, training, world, accumulation)
-        stages = [planner.stage(name, roles) for name, roles in stage_roles(config, method).items()]
+        stages = [planner.stage(name, roles) for name, roles in stage_roles(config, method, given_networks(config, method)).items()]
     micro_batches = config.train.global_batch // config.train.micro_batch
     shards = [shard for store in training.stores for shard in store.index.shards]
     return Plan(

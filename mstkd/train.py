@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from mstkd.data.loader import TrainLoader
 from mstkd.data.training import TrainingSet, open_training
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine, role_settings
-from mstkd.engine.checkpoint import Checkpoints, is_finished
+from mstkd.engine.checkpoint import Checkpoints, TrainState, is_finished
 from mstkd.engine.determinism import set_determinism
 from mstkd.engine.distributed import agreed, barrier, from_all, on_main
 from mstkd.engine.environment import Ranks, resolve_environment, slurm_job
@@ -30,13 +30,15 @@ from mstkd.engine.heartbeat import Heartbeat
 from mstkd.engine.stage import Stage
 from mstkd.engine.startup import Startup
 from mstkd.engine.stop import StopFlag, stop_signals, weightier
+from mstkd.engine.teacher import FrozenNetworks, identities, load_weights
 from mstkd.engine.trainer import Trainer
 from mstkd.engine.warm_start import warm_start
 from mstkd.errors import FailedElsewhereError, TrainingError, UserError
 from mstkd.evaluate.overlap import refuse_overlap
 from mstkd.evaluate.validation import Validation
-from mstkd.evaluate.weights import load_network, safetensors_of
+from mstkd.evaluate.weights import safetensors_of
 from mstkd.methods import DataFacts, Method, Role
+from mstkd.teacher_source import given_networks, source_of, stages_left_out
 from mstkd.track import NullTracker, Tracker, open_trackers
 
 log = logging.getLogger(__name__)
@@ -85,9 +87,10 @@ class Run:
     """A run whose every setting has been checked, before anything is written."""
 
     config: RunConfig  # with its `method:` section resolved
-    method: Method
+    method: Method  # with the networks of the stage that comes first
     training: TrainingSet
-    stages: dict[str, dict[str, Role]]  # to be trained, in order: the roles of each
+    stages: list[str]  # to be trained, in order
+    given: set[str]  # frozen networks that come from `teacher.path`
     validation: Validation
     ranks: Ranks
 
@@ -96,7 +99,8 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     """Open the data and build the networks. Raises UserError for whatever in the configuration cannot work."""
     training = open_training(config.data, config.seed, complete_only=methods.load(config.method["name"]).complete_only)
     method, config = build_method(config, training)
-    stages = stage_roles(config, method)
+    given = given_networks(config, method)
+    stages = stage_roles(config, method, given)
     accumulation = config.train.accumulation(ranks.world)
     settings = [backend.check_role(name, role, config.train, accumulation) for roles in stages.values() for name, role in roles.items()]
     backend.load_ops(settings, config.train.compile, ranks)
@@ -104,12 +108,14 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         method.check_crop(method.config, config.inference.window, "inference.window")
     if config.init_from:
         safetensors_of(Path(config.init_from))
-    return Run(config, method, training, stages, Validation(config, training.stores, ranks), ranks)
+    return Run(config, method, training, list(stages), given, Validation(config, training.stores, ranks), ranks)
 
 
 def _train_stages(run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat, startup: Startup) -> str | None:
     """Train the stages in order; returns the signal that ended it early, the same on every rank."""
     for name in run.stages:
+        if name != run.stages[0]:  # with fresh networks, as in a job of its own; those of the last stage may be cut over the ranks
+            run = replace(run, method=build_method(run.config, run.training)[0])
         if not _train_stage(name, run, tracker, stop, heartbeat, startup):
             return functools.reduce(weightier, from_all(stop.reason, run.ranks))
     return None
@@ -123,17 +129,21 @@ def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunC
     return method, config.model_copy(update={"method": methods.resolve(config.method)})
 
 
-def chosen_stages(config: RunConfig, method: Method) -> list[str]:
-    """The stages to train, in the method's order."""
+def chosen_stages(config: RunConfig, method: Method, given: set[str]) -> list[str]:
+    """The stages to train, in the method's order; without those that would only train networks which are `given`."""
     unknown = sorted(set(config.stages or ()) - set(method.stages))
     if unknown:
         raise UserError(f"stages: {unknown[0]!r} is no stage of {config.method['name']}; its stages: {', '.join(method.stages)}")
-    return [name for name in method.stages if config.stages is None or name in config.stages]
+    left_out = stages_left_out(method, given)
+    chosen = [name for name in method.stages if (config.stages is None or name in config.stages) and name not in left_out]
+    if not chosen:
+        raise UserError(f"stages: teacher.path gives what {', '.join(config.stages)} would train; ask for the other stages, or remove teacher.path")
+    return chosen
 
 
-def stage_roles(config: RunConfig, method: Method) -> dict[str, dict[str, Role]]:
+def stage_roles(config: RunConfig, method: Method, given: set[str]) -> dict[str, dict[str, Role]]:
     """The stages to train, in order: the roles of each. Raises UserError where `train.roles` names one that there is not."""
-    stages = {name: method.roles(name) for name in chosen_stages(config, method)}
+    stages = {name: method.roles(name) for name in chosen_stages(config, method, given)}
     known = {role for name in method.stages for role in (stages.get(name) or method.roles(name))}
     if unknown := sorted(set(config.train.roles) - known):
         raise UserError(f"train.roles.{unknown[0]}: {config.method['name']} has no such role; its roles: {', '.join(sorted(known))}")
@@ -149,34 +159,47 @@ def total_steps(config: RunConfig, items_per_epoch: int) -> int:
 
 def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat, startup: Startup) -> bool:
     """Train one stage to its end; False if stopped before."""
-    config, method, ranks, roles = run.config, run.method, run.ranks, run.stages[name]
+    config, method, ranks, roles = run.config, run.method, run.ranks, run.method.roles(name)
     checkpoints = Checkpoints(config.run_dir / name / "checkpoints", ranks, config.checkpoint)
     resumed = on_main(checkpoints.newest_sound, ranks)
     if resumed and resumed[1].finished:
         log.info("stage %s: already finished at step %d", name, resumed[1].step)
         return True
     with agreed(ranks):
-        for network, earlier in method.needs(name).items():
-            load_network(config.run_dir, method, network, earlier)
-        if config.init_from and name == method.stages[0] and not resumed:
+        if config.init_from and not resumed:
             warm_start(method, safetensors_of(Path(config.init_from)))
-    for network in method.networks.values():
-        network.to(ranks.device)
+        files = {network: _load_needed(network, earlier, run) for network, earlier in method.needs(name).items()}
+    trained = {network for role in roles.values() for network in role.results}  # one that is needed and trained only starts from there
+    files = {network: file for network, file in files.items() if network not in trained}
+    before = resumed[1] if resumed else TrainState()
+    before.frozen = on_main(lambda: identities(files, before.frozen), ranks)
+    for network in {*method.networks} - {*files}:
+        method.networks[network].to(ranks.device)
+    with agreed(ranks):
+        frozen = FrozenNetworks({network: method.networks[network] for network in files}, before.frozen, roles, config.teacher, ranks)
     accumulation = config.train.accumulation(ranks.world)
     engines = {role: RoleEngine(role, roles[role], config.train, accumulation, ranks.device) for role in roles}
-    trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop, heartbeat, startup)
+    trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop, heartbeat, startup, before)
     if resumed:
         trainer.resume(*resumed)
     startup.reached("engines")
     trainer.tracker = tracker.child(name, start_step=trainer.state.step)
     try:
         finished = trainer.fit()
+        frozen.report(name)
     finally:
         for engine in engines.values():
             engine.destroy()
+        frozen.destroy()
     if finished:
         trainer.tracker.finish("FINISHED")
     return finished
+
+
+def _load_needed(network: str, earlier: str, run: Run) -> Path:
+    """Load a network that an earlier stage trains, or `teacher.path` gives; returns the file it was in."""
+    files, pick = source_of(network, earlier, run.config, run.given)
+    return load_weights(run.method.networks[network], network, files, pick)
 
 
 def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:
@@ -190,8 +213,14 @@ def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:
             total_steps=steps, start_step=start_step, rank=ranks.rank, world=ranks.world,
         )  # fmt: skip
 
+    trained = {network for engine in engines.values() for network in engine.role.results}
+    scored = next((network for network in run.method.scored if network in trained), None)
+
+    def validate(method: Method, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        return run.validation(method, stopping, scored) if scored else None
+
     return Stage(
-        name, config, run.method, engines, steps, training.order.items_per_epoch, batches, run.validation,
+        name, config, run.method, engines, steps, training.order.items_per_epoch, batches, validate,
         lambda: build_method(config, training)[0],
     )  # fmt: skip
 

@@ -73,6 +73,25 @@ def test_batches_are_bitwise_equal_for_every_rank_and_worker_count(shards, refer
     assert same(joined, reference)
 
 
+@pytest.mark.parametrize("crops", ["fresh", "fixed"])
+def test_fixed_crops_show_an_item_alike_in_every_epoch_and_hide_other_sequences(shards, crops):
+    seen: dict[str, list] = {}
+    for batch in micro_batches(data_config((shards, 2), crops=crops), total_steps=16).values():  # 16 items: four epochs
+        seen.setdefault(batch.subject[0], []).append(batch)
+    for batches in seen.values():
+        images = {batch.image.numpy().tobytes() for batch in batches}
+        assert len(batches) == 8 and len(images) == (2 if crops == "fixed" else 8)  # one per repeat
+        assert len({tuple(batch.available[0].tolist()) for batch in batches}) > 1
+
+
+def test_a_bad_sample_is_replaced_alike_in_every_epoch_of_fixed_crops(tmp_path):
+    folder = write_set(tmp_path / "bad", TARS, replace={("a0", "image.npy"): b"broken"})
+    config = data_config(folder, crops="fixed", max_bad_samples=99)
+    epochs = [batch for _, batch in sorted(micro_batches(config, total_steps=27, global_batch=1).items())]  # nine items: three epochs
+    images = [sorted(batch.image.numpy().tobytes() for batch in epochs[start : start + 9]) for start in (0, 9, 18)]
+    assert images[0] == images[1] == images[2]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resume_on_another_rank_count_continues_exactly(shards, reference, workers):
     joined = {}

@@ -14,6 +14,7 @@ import torch
 import yaml
 from trained_run import CROP, make_run, method_and_source, on_ranks, predictor_and_source, write_run
 
+from mstkd.engine.teacher import load_weights
 from mstkd.errors import UserError
 from mstkd.evaluate import figures
 from mstkd.evaluate.cases import Row, score_subjects, whole_brain_baseline
@@ -24,7 +25,7 @@ from mstkd.evaluate.run import evaluate_predictions, evaluate_run
 from mstkd.evaluate.scenarios import all_subsets
 from mstkd.evaluate.scoring import Score
 from mstkd.evaluate.summary import summarise
-from mstkd.evaluate.weights import best_files, load_network, load_networks, open_run, safetensors_of
+from mstkd.evaluate.weights import best_files, load_networks, open_run, safetensors_of
 from mstkd.shards.build import build as build_shards
 from mstkd.shards.dataset import SPEC_FOLDER
 from mstkd.shards.spec import read_index, read_splits
@@ -284,12 +285,12 @@ def test_weights_are_read_by_name(run, shards):
     method, _ = method_and_source(shards)
     for network in method.networks.values():
         torch.nn.init.zeros_(network[0].weight)
-    load_network(run, method, "teacher", "distill")
+    load_weights(method.networks["teacher"], "teacher", best_files(run, "distill"), None)
     assert method.networks["teacher"][0].weight.abs().sum() > 0 and method.networks["student"][0].weight.abs().sum() == 0
     assert load_networks(run, method) == {"student", "teacher"} and method.networks["student"][0].weight.abs().sum() > 0
     assert safetensors_of(run) == best_files(run, "distill") == safetensors_of(best_files(run, "distill")[0])
-    with pytest.raises(UserError, match="holds no network critic"):
-        load_network(run, method, "critic", "distill")
+    with pytest.raises(UserError, match="no network critic here; there are student, teacher"):
+        load_weights(method.networks["teacher"], "teacher", best_files(run, "distill"), "critic")
     with pytest.raises(UserError, match="neither a safetensors file nor a run folder"):
         safetensors_of(shards)
 

@@ -13,8 +13,9 @@ from mstkd.config import load_config
 from mstkd.engine.schedule import lr_factor
 from mstkd.errors import UserError
 from mstkd.methods import build
-from mstkd.methods.mst_kdnet import MSTKDNetConfig, TumourChannels
+from mstkd.methods.mst_kdnet import MSTKDNetConfig
 from mstkd.shards.spec import LABEL_SCHEMES
+from mstkd.targets import TumourChannels
 
 
 @pytest.fixture(autouse=True)

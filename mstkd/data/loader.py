@@ -90,13 +90,13 @@ class Stages:
         return self.training.items(self.share.positions(worker.id, worker.num_workers) if worker else self.share.positions())
 
     def take(self, item: Item) -> Drawn:
-        """The item's crop, moved as the augmentation says: a function of (seed, item) alone."""
+        """The item's crop, moved as the augmentation says: a function of (seed, item) alone; availability is drawn apart."""
         with self._naming(item):
             return self.geometry(self.read(item))
 
     def read(self, item: Item) -> Drawn:
         """The item's crop; while the subject cannot be decoded, another one drawn by the item takes its place."""
-        substitutes = item_rng(self.training.seed, item, "substitute")
+        substitutes = self._draws(item, "substitute")
         candidate, bad = item, []
         while True:
             try:
@@ -107,14 +107,14 @@ class Stages:
                 bad.append(str(error))
                 if len(bad) > self.config.max_bad_samples:
                     raise UserError(too_many_bad(self.config, bad[-1])) from None
-            items = self.training.order.epoch(item.epoch)
+            items = self.training.order.epoch(self._settled(item).epoch)
             candidate = items[substitutes.integers(len(items))]
 
     def geometry(self, drawn: Drawn) -> Drawn:
         config, sample = self.config.augment, drawn.sample
         if config.rotate_deg or config.zoom:  # interpolation in float32; a flip may stay in the type stored
             sample = replace(sample, image=_float32(sample.image))
-        draws = item_rng(self.training.seed, drawn.item, "geometry")
+        draws = self._draws(drawn.item, "geometry")
         return replace(drawn, sample=augment_geometry(sample, config, draws))
 
     def normalise(self, drawn: Drawn, out: np.ndarray) -> None:
@@ -124,7 +124,7 @@ class Stages:
         for start in range(0, len(sample.brain), planes):  # voxel by voxel anyhow: so it stays in the processor's cache
             block = slice(start, start + planes)
             out[:, block] = self.intensity.apply(_float32(sample.image[:, block]), sample.brain[block], sample.meta, sequences)
-        draws = item_rng(self.training.seed, drawn.item, "intensity")
+        draws = self._draws(drawn.item, "intensity")
         present = np.array(_present(sample, sequences))
         augmented = augment_intensity(out, sample.brain, present, self.config.augment, draws)
         if augmented is not out:
@@ -168,7 +168,7 @@ class Stages:
 
     def _crop(self, item: Item, candidate: Item) -> Sample:
         store = self.training.stores[candidate.source]
-        draws = item_rng(self.training.seed, item, "crop")
+        draws = self._draws(item, "crop")
         foreground = self._foregrounds[candidate.source]
         sample = crop(store.subject(candidate.subject), self.config.crop, self.config.foreground_share, draws, foreground)
         if not all(_finite(channel) for channel in sample.image):
@@ -177,6 +177,13 @@ class Stages:
                 f"{store.folder / tar.file}: subject {candidate.subject} has voxels that are not finite; run `mstkd shards verify {store.folder}`"
             )
         return sample
+
+    def _settled(self, item: Item) -> Item:
+        """The item that draws for this one: with `crops: fixed` that of the first epoch, so that its image is the same in all."""
+        return replace(item, epoch=0) if self.config.crops == "fixed" else item
+
+    def _draws(self, item: Item, purpose: str) -> np.random.Generator:
+        return item_rng(self.training.seed, self._settled(item), purpose)
 
     @contextmanager
     def _naming(self, item: Item) -> Iterator[None]:

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mstkd.config import CheckpointConfig
@@ -48,6 +48,7 @@ class TrainState:
     finished: bool = False
     bad_samples: int = 0  # skipped so far, by all ranks in all attempts
     failed_saves: int = 0  # in all attempts that could save afterwards
+    frozen: dict[str, dict[str, str]] = field(default_factory=dict)  # networks that the stage uses and does not train: "path", "sha256"
 
 
 @dataclass

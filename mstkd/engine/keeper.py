@@ -134,5 +134,6 @@ class Keeper:
         return stopping
 
     def _write_roles(self, files: NewFiles) -> None:
-        for engine in self.stage.engines.values():
+        for name, engine in self.stage.engines.items():
             engine.save(files)
+            self.trainer.averages[name].save(files)

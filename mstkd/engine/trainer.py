@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mstkd.engine.averages import Averages
 from mstkd.engine.backend import timed_collectives
 from mstkd.engine.checkpoint import Checkpoints, TrainState
 from mstkd.engine.distributed import raise_together, sums
@@ -38,13 +39,16 @@ class Trainer:
 
     def __post_init__(self):
         self.meter = Meter(self.ranks)
-        self.update = Update(self.stage, self.ranks)
+        self.averages = {name: Averages(engine, self.stage.method.networks, self.ranks) for name, engine in self.stage.engines.items()}
+        self.update = Update(self.stage, self.ranks, self.averages)
         self.keeper = Keeper(self)
         self.trace = Trace(self.stage.config.profile.steps, self.stage.folder / "profile", self.ranks)
 
     def resume(self, folder: Path, state: TrainState) -> None:
         """Continue from a sound checkpoint. Collective."""
         load_roles(folder, self.stage.engines, self.ranks)
+        for averages in self.averages.values():
+            averages.load(folder)
         self.state = state
         self.checkpoints.saved_step = state.step
         log.info("stage %s: resumed at step %d", self.stage.name, state.step)

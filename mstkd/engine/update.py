@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mstkd.batch import Progress, StepOutput
 from mstkd.engine import seeding
+from mstkd.engine.averages import Averages
 from mstkd.engine.backend import RoleEngine
 from mstkd.engine.environment import Ranks
 from mstkd.engine.frozen import frozen
@@ -23,8 +24,8 @@ log = logging.getLogger(__name__)
 class Update:
     """Called once per step; counts the updates that non-finite gradients made it skip."""
 
-    def __init__(self, stage: Stage, ranks: Ranks):
-        self.stage, self.ranks = stage, ranks
+    def __init__(self, stage: Stage, ranks: Ranks, averages: dict[str, Averages]):
+        self.stage, self.ranks, self.averages = stage, ranks, averages
         self.skipped = self._skipped_in_a_row = 0
         self._flops: dict[str, int] = {}  # of one micro-batch, by role
 
@@ -60,6 +61,7 @@ class Update:
         if not applied:
             self._report_non_finite(engine, outputs, progress.step)
             return False
+        self.averages[engine.name].update(progress.step)
         for output in outputs:
             meter.add({f"train/{name}": value for name, value in output.scalars.items()})
             meter.add({f"train/loss_{engine.name}": output.loss})

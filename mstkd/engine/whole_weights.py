@@ -18,14 +18,25 @@ class WholeWeights:
         if all(engine.zero_stage < 3 for engine in self.stage.engines.values()):
             return self.stage.method
         if self._copy is None:
-            self._copy = self.stage.plain_copy()
-            for network in self._copy.networks.values():
-                network.to(self.ranks.device)
+            self._copy = self._plain_copy()
         for engine in self.stage.engines.values():
             with engine.whole_weights():
-                for name in engine.role.networks:
+                for name in engine.role.results:
                     self._copy.networks[name].load_state_dict(self.stage.method.networks[name].state_dict())
         return self._copy
+
+    def _plain_copy(self) -> Method:
+        """A method whose frozen networks hold their weights, and whose others wait for theirs."""
+        method = self.stage.plain_copy()
+        frozen = self.stage.method.needs(self.stage.name).keys() - {name for engine in self.stage.engines.values() for name in engine.role.results}
+        for name, network in method.networks.items():
+            if name not in frozen:
+                network.to(self.ranks.device)
+            elif self.stage.config.teacher.placement == "replicate":
+                network.to(self.ranks.device).load_state_dict(self.stage.method.networks[name].state_dict())
+            else:
+                network.to("meta")  # too big to be held whole: its use fails
+        return method
 
     def write(self, files: NewFiles) -> None:
         """<role>.safetensors: what evaluate, predict, export and later stages read. Collective."""
@@ -34,7 +45,7 @@ class WholeWeights:
                 if self.ranks.main:
                     weights = {
                         f"{name}.{key}": value.detach().cpu().contiguous().clone()
-                        for name in engine.role.networks
+                        for name in engine.role.results
                         for key, value in self.stage.method.networks[name].state_dict().items()
                     }
                     content = save(weights)  # save_file makes files for the owner alone

@@ -15,7 +15,7 @@ from mstkd.methods import Method
 
 
 class Validation:
-    """Mean Dice of a method's first scored network over validation cases; the same figures on every rank."""
+    """Mean Dice of one network over validation cases; the same figures on every rank."""
 
     def __init__(self, config: RunConfig, stores: Sequence[ShardStore], ranks: Ranks):
         """Raises UserError if `validate.subsets` names an unknown sequence."""
@@ -26,17 +26,20 @@ class Validation:
         sequences = self.source.sequences
         self.subsets = [parse_subset(name, sequences) for name in names] if names else all_subsets(sequences)
 
-    def __call__(self, method: Method, stopping: Callable[[], bool]) -> dict[str, float] | None:
+    def __call__(self, method: Method, stopping: Callable[[], bool], network: str | None = None) -> dict[str, float] | None:
         """"score", the mean over subsets x regions, which selects the best checkpoint, and its parts
         "dice_<region>" and "dice_<subset>"; None without validation cases. Collective.
 
+        `network`: by default the first that the method scores. One that `sees_all` is scored on complete input alone.
         `stopping`, collective too, is asked before each case; raises Stopped when it says so.
         """
         if not self.subjects:
             return None
+        network = network or method.scored[0]
+        subsets = [(True,) * len(self.source.sequences)] if network in method.sees_all else self.subsets
         predictor = Predictor(method, self.source.sequences, self.config.data.crop, self.config.inference, self.ranks.device)
         rows = score_subjects(
-            predictor, method.scored[:1], self.source, self.subjects, self.subsets, self.source.label_scheme,
+            predictor, (network,), self.source, self.subjects, subsets, self.source.label_scheme,
             rank=self.ranks.rank, world=self.ranks.world, stopping=stopping,
         )  # fmt: skip
         cells: dict[tuple[str, str], list[float]] = {}

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from mstkd.config import RunConfig
 from mstkd.data.training import open_stores
-from mstkd.engine import backend
-from mstkd.engine.checkpoint import damage
+from mstkd.engine import averages, backend
+from mstkd.engine.checkpoint import STATE, damage, read_state
+from mstkd.engine.teacher import Identity, identity, load_weights
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.source import CaseSource
@@ -59,6 +60,7 @@ def open_run(run_dir: Path, checkpoint: str = "best") -> TrainedRun:
     if method.task != "segmentation":
         raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; only segmentation can be evaluated and predicted")
     loaded = load_networks(run_dir, method) if checkpoint == "best" else load_checkpoint(run_dir, method, checkpoint)
+    loaded |= load_given(run_dir, method, config, loaded)
     networks = tuple(name for name in method.scored if name in loaded)
     if not networks:
         raise UserError(f"{run_dir}: none of {', '.join(method.scored)} is trained yet; train the run's next stage")
@@ -96,13 +98,28 @@ def load_networks(run_dir: Path, method: Method, stage: str | None = None) -> se
     """
     trained = [name for name in method.stages if (Path(run_dir) / name / "checkpoints" / "best").is_file()]
     wanted = [stage] if stage else trained or list(method.stages[:1])
-    return {network for name in wanted for path in best_files(run_dir, name) for network in _load(path, method, None)}
+    return {network for name in wanted for path in best_files(run_dir, name) for network in _load(path, method)}
 
 
-def load_network(run_dir: Path, method: Method, network: str, stage: str) -> None:
-    """Load one network from the best checkpoint of an earlier stage. Raises UserError if that stage does not hold it."""
-    if not any(_load(path, method, network) for path in best_files(run_dir, stage)):
-        raise UserError(f"{run_dir}: the best checkpoint of stage {stage} holds no network {network}")
+def load_given(run_dir: Path, method: Method, config: RunConfig, loaded: set[str]) -> set[str]:
+    """Load the frozen networks that a run took from elsewhere, from where it found them; returns those that are there.
+
+    Raises UserError if one that is not scored, and so may serve those that are, is gone or holds other bytes.
+    """
+    origin: dict[str, Identity] = {}
+    for stage in method.stages:
+        pointer = Path(run_dir) / stage / "checkpoints" / "best"
+        if pointer.is_file() and (folder := pointer.parent / pointer.read_text().strip()).joinpath(STATE).is_file():
+            origin |= read_state(folder).frozen
+    found = set()
+    for network in sorted(origin.keys() - loaded):
+        file, sha256 = Path(origin[network]["path"]), origin[network]["sha256"]
+        if file.is_file() and identity(file)["sha256"] == sha256:
+            load_weights(method.networks[network], network, [file], config.teacher.network)
+            found.add(network)
+        elif network not in method.scored:
+            raise UserError(f"{run_dir}: its frozen network {network} came from {file}, which is not as it was (sha256 {sha256[:12]}); restore it")
+    return found
 
 
 def load_checkpoint(run_dir: Path, method: Method, checkpoint: str) -> set[str]:
@@ -114,7 +131,7 @@ def load_checkpoint(run_dir: Path, method: Method, checkpoint: str) -> set[str]:
     if not stages:
         raise UserError(f"{run_dir}: no stage has a checkpoint; train it until its first save")
     before = [name for name in stages[:-1] if (Path(run_dir) / name / "checkpoints" / "best").is_file()]
-    loaded = {network for name in before for path in best_files(run_dir, name) for network in _load(path, method, None)}
+    loaded = {network for name in before for path in best_files(run_dir, name) for network in _load(path, method)}
     folder = _checkpoint_folder(Path(run_dir) / stages[-1] / "checkpoints", checkpoint)
     for name, role in method.roles(stages[-1]).items():
         saved = backend.saved_weights(folder / name)
@@ -123,6 +140,8 @@ def load_checkpoint(run_dir: Path, method: Method, checkpoint: str) -> set[str]:
             own = method.networks[network].state_dict(keep_vars=True)
             _fill(method, network, {key: saved[name] for key, tensor in own.items() if (name := saved_as.get(id(tensor))) in saved}, folder)
             loaded.add(network)
+        if role.averages:
+            loaded |= set(_load(folder / name / averages.FILE, method))
     return loaded
 
 
@@ -137,13 +156,12 @@ def _checkpoint_folder(folder: Path, checkpoint: str) -> Path:
     return chosen
 
 
-def _load(path: Path, method: Method, only: str | None) -> list[str]:
-    """Load the networks (or `only` one) in a file with keys <network>.<parameter or buffer>; returns their names."""
+def _load(path: Path, method: Method) -> list[str]:
+    """Load the networks in a file with keys <network>.<parameter or buffer>; returns their names."""
     states: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(path).items():
         network, _, name = key.partition(".")
-        if only in (None, network):
-            states.setdefault(network, {})[name] = tensor
+        states.setdefault(network, {})[name] = tensor
     for network, state in states.items():
         if network not in method.networks:
             raise UserError(f"{path}: network {network} is none of the method's; config.yaml and checkpoint differ")

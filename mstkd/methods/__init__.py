@@ -50,10 +50,17 @@ class Role:
     step: RoleStep
     networks: tuple[str, ...]  # names in Method.networks that this role trains
     borrows: tuple[str, ...] = ()  # networks of other roles, used as plain frozen modules
+    averages: dict[str, str] = field(default_factory=dict)  # moving averages (mean teachers): network name -> which of `networks` it follows
+    decay: float = 0.999  # of the averages, per update
     every: int = 1
     double_backward: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The networks that come out of this role: trained ones and averages."""
+        return (*self.networks, *self.averages)
 
 
 class Method(ABC):
@@ -63,7 +70,8 @@ class Method(ABC):
     task: ClassVar[Literal["segmentation", "synthesis", "classification"]]
     stages: ClassVar[tuple[str, ...]]  # in order
     complete_only: ClassVar[bool] = True  # True: subjects that lack a sequence are dropped from training (counted)
-    scored: ClassVar[tuple[str, ...]] = ("student", "teacher")  # networks that evaluation reports; the first selects "best"
+    scored: ClassVar[tuple[str, ...]] = ("student", "teacher")  # what evaluation reports; the first that a stage trains selects its "best"
+    sees_all: ClassVar[tuple[str, ...]] = ()  # those of them made for complete input: validation shows them every sequence
 
     networks: dict[str, nn.Module]  # by name, built in __init__
 
@@ -80,7 +88,12 @@ class Method(ABC):
         """The roles of a stage by name, in update order."""
 
     def needs(self, stage: str) -> dict[str, str]:
-        """Networks that `stage` takes from an earlier one: network name -> stage name."""
+        """Networks that `stage` takes from an earlier one: network name -> stage name.
+
+        What the stage also trains begins with those weights. The others stay as they are: in evaluation mode and without
+        gradient, outside the role's registered modules (keep them in a tuple). With `teacher.placement` zero3 or cpu a call gathers weights from all ranks, so in training every
+        rank calls them equally often and `predict` of a network that the stage trains does without them.
+        """
         return {}
 
     @abstractmethod

@@ -30,7 +30,7 @@ from mstkd.losses.style import reference_style_matching, style_matching
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.models.mst_kdnet import STRIDE, Features, MSTKDNetwork
 from mstkd.models.style_critic import StyleCritic
-from mstkd.shards.spec import LabelScheme
+from mstkd.targets import TumourChannels
 
 PUBLISHED_TOKENS = 120  # of the 160 x 192 x 128 crop, to which the published weight of the attention term belongs
 
@@ -88,46 +88,6 @@ class MSTKDNetConfig(Section):
     reference_scale: bool = False  # of gsm
     reference_evd: bool = False  # attention maps scaled by 120 whatever the crop
     reference_head: bool = False  # of the critic
-
-
-class TumourChannels:
-    """Label maps to target channels and logits back to label maps.
-
-    Channels: region [WT, TC, ET, background], disjoint [core, oedema, ET, background]; with `rc_channel` the
-    resection cavity follows as the fifth, otherwise it is background.
-    """
-
-    def __init__(self, scheme: LabelScheme | None, targets: Literal["region", "disjoint"], rc_channel: bool):
-        if scheme is None or not {"WT", "TC", "ET"} <= scheme.regions.keys():
-            found = scheme.name if scheme else "no label scheme"
-            raise UserError(f"method mst_kdnet: the shard set declares {found}; it needs one with the regions WT, TC and ET, e.g. brats2018")
-        whole, core, enhancing = (set(scheme.regions[region]) for region in ("WT", "TC", "ET"))
-        cavity = set(scheme.values) - {0} - whole
-        if rc_channel and len(cavity) != 1:
-            raise UserError(f"method.rc_channel: label scheme {scheme.name} has no resection cavity; set method.rc_channel to false")
-        self.scheme, self.targets = scheme, targets
-        self.cavity = next(iter(cavity)) if rc_channel else None
-        self.tumour = (whole, core, enhancing) if targets == "region" else (core - enhancing, whole - core, enhancing)
-        self.count = 4 + rc_channel
-
-    def encode(self, label: Tensor) -> Tensor:
-        """Targets (B, K, X, Y, Z) in {0, 1}, float32, of label maps (B, X, Y, Z)."""
-        tumour = [_is_any(label, values) for values in self.tumour]
-        foreground = torch.stack(tumour).any(0)
-        cavity = [] if self.cavity is None else [label == self.cavity]
-        background = ~torch.stack([foreground, *cavity]).any(0)
-        return torch.stack([*tumour, background, *cavity], 1).float()
-
-    def decode(self, logits: Tensor) -> Tensor:
-        """Label maps (B, X, Y, Z) uint8 of logits (B, K, X, Y, Z): probability above 0.5, painted WT, TC, ET in that order."""
-        first, second, third = (logits[:, :3] > 0).unbind(1)
-        whole, core = (first, second) if self.targets == "region" else (first | second | third, first | third)
-        label = torch.zeros_like(first, dtype=torch.uint8)
-        if self.cavity is not None:
-            label[logits[:, 4] > 0] = self.cavity
-        for region, mask in (("WT", whole), ("TC", core), ("ET", third)):
-            label[mask] = self.scheme.paint[region]
-        return label
 
 
 class NetworksStep(RoleStep):
@@ -264,10 +224,6 @@ def _check_divisible(key: str, size: tuple[int, int, int]) -> None:
     if any(n % STRIDE for n in size):
         nearest = [-(-n // STRIDE) * STRIDE for n in size]
         raise UserError(f"{key} {list(size)}: each axis must be divisible by {STRIDE}; use {nearest}")
-
-
-def _is_any(label: Tensor, values: set[int]) -> Tensor:
-    return torch.isin(label, torch.tensor(sorted(values), dtype=label.dtype, device=label.device))
 
 
 def _bce(logit: Tensor, truth: float) -> Tensor:

@@ -1,0 +1,198 @@
+"""KD: a teacher trained first on all sequences and then frozen teaches a student that sees any subset.
+
+The classic scheme: softened logits (Hinton et al., arXiv:1503.02531) and matched feature maps (FitNets,
+arXiv:1412.6550) beside the student's own loss on the labels. The teacher may also come from elsewhere: `teacher.path`.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mstkd.batch import Batch, Progress, StepOutput
+from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Section
+from mstkd.errors import UserError
+from mstkd.losses.dice import soft_dice
+from mstkd.losses.distillation import feature_matching, standardised_kl
+from mstkd.losses.logits import bernoulli_kl
+from mstkd.methods import DataFacts, Method, Role, RoleStep
+from mstkd.models.segmenter import Projections, Segmentation, Segmenter, stride
+from mstkd.targets import TumourChannels
+
+
+class NetworkConfig(Section):
+    architecture: Literal["mst_kdnet", "SegResNet", "UNet", "DynUNet", "SwinUNETR"] = "SegResNet"
+    arguments: dict[str, Any] = {}  # of the network's class, besides input, output and crop; default: its own
+    features: list[str] | None = None  # submodules whose outputs are matched; default: the deepest map and the decoder's last
+
+
+class WeightConfig(Section):
+    """Weights of the loss terms, by the names under which the terms are logged (unweighted)."""
+
+    dice: float = Field(1.0, ge=0)
+    bce: float = Field(1.0, ge=0)
+    kl: float = Field(1.0, ge=0)
+    feature: float = Field(0.1, ge=0)  # 0: no projections are built
+
+
+class DistillConfig(Section):
+    """What every method with these losses has."""
+
+    weights: WeightConfig = WeightConfig()
+    divergence: Literal["regions", "standardised"] = "regions"  # of the logits: per region, or over z-scored channels (CVPR 2024)
+    tau: float = Field(4.0, gt=0)  # temperature of the logits
+    targets: Literal["region", "disjoint"] = "region"
+    rc_channel: bool = False  # resection cavity as a channel of its own instead of background
+    intensity: IntensityConfig = IntensityConfig()
+
+
+class KDConfig(DistillConfig):
+    teacher: NetworkConfig = NetworkConfig()
+    student: NetworkConfig = NetworkConfig()
+
+
+class FitStep(RoleStep):
+    """A network that sees every sequence learns the labels."""
+
+    def __init__(self, network: nn.Module, channels: TumourChannels, weights: WeightConfig):
+        super().__init__()
+        self.network, self.channels, self.weights = network, channels, weights
+
+    def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
+        terms = fit_terms(self.network(batch.image).logits, encoded(batch, self.channels))
+        return weighted(terms, self.weights)
+
+
+class DistillStep(RoleStep):
+    """The student, which sees a subset, learns the labels and what the teacher makes of all sequences."""
+
+    def __init__(self, student: nn.Module, projection: nn.Module | None, teacher: nn.Module, channels: TumourChannels, config: DistillConfig):
+        super().__init__()
+        self.student, self.projection = student, projection
+        self.teacher = (teacher,)  # a tuple: not registered, so neither trained nor switched to training mode nor saved
+        self.channels, self.config = channels, config
+
+    def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
+        with torch.no_grad():
+            full = self.teacher[0](batch.image)
+        missing = self.student(batch.visible())
+        fit = weighted(fit_terms(missing.logits, encoded(batch, self.channels)), self.config.weights)
+        transfer = weighted(self._transfer(full, missing), self.config.weights)
+        return StepOutput(fit.loss + self.transfer_share(progress) * transfer.loss, fit.scalars | transfer.scalars)
+
+    def transfer_share(self, progress: Progress) -> float:
+        """How much of the teacher's terms counts now."""
+        return 1.0
+
+    def _transfer(self, full: Segmentation, missing: Segmentation) -> dict[str, Tensor]:
+        divergence = bernoulli_kl if self.config.divergence == "regions" else standardised_kl
+        features = missing.features if self.projection is None else self.projection(missing.features)
+        with _full_precision(missing.logits):
+            terms = {"kl": divergence(full.logits.float(), missing.logits.float(), self.config.tau)}
+            if self.config.weights.feature:
+                terms["feature"] = feature_matching(*_of_equal_size(full.features, features))
+        return terms
+
+
+class KD(Method):
+    Config = KDConfig
+    task = "segmentation"
+    stages = ("teacher", "student")
+    sees_all = ("teacher",)
+
+    def __init__(self, config: KDConfig, facts: DataFacts):
+        self.config = config
+        self.channels = TumourChannels(facts.label_scheme, config.targets, config.rc_channel)
+        self.networks: dict[str, nn.Module] = {name: build_network(name, getattr(config, name), facts, self.channels.count) for name in self.stages}
+        if config.weights.feature:
+            self.networks["projection"] = build_projection(self.networks["student"], self.networks["teacher"])
+
+    @property
+    def intensity(self) -> IntensityConfig:
+        return self.config.intensity
+
+    @classmethod
+    def check_crop(cls, config: KDConfig, crop: tuple[int, int, int], key: str = "data.crop") -> None:
+        for name in cls.stages:
+            check_divisible(name, getattr(config, name), crop, key)
+
+    def roles(self, stage: str) -> dict[str, Role]:
+        if stage == "teacher":
+            return {"teacher": _role(FitStep(self.networks["teacher"], self.channels, self.config.weights), ("teacher",))}
+        projection = self.networks.get("projection")
+        step = DistillStep(self.networks["student"], projection, self.networks["teacher"], self.channels, self.config)
+        return {"student": _role(step, ("student",) if projection is None else ("student", "projection"))}
+
+    def needs(self, stage: str) -> dict[str, str]:
+        return {"teacher": "teacher"} if stage == "student" else {}
+
+    def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
+        return self.networks[network](image).logits
+
+    def to_labels(self, logits: Tensor) -> Tensor:
+        return self.channels.decode(logits)
+
+
+def build_network(name: str, config: NetworkConfig, facts: DataFacts, outputs: int) -> Segmenter:
+    """The network of the section `method.<name>`; raises UserError where it cannot be built."""
+    try:
+        return Segmenter(config.architecture, len(facts.sequences), outputs, facts.crop, config.arguments, config.features)
+    except ValueError as error:
+        raise UserError(f"method.{name}: {error}; see the class's arguments in mstkd/models/segmenter.py or MONAI") from None
+
+
+def build_projection(student: Segmenter, teacher: Segmenter) -> Projections:
+    """From the student's feature maps to channels like the teacher's. Raises UserError if they are not equally many."""
+    if len(student.features) != len(teacher.features):
+        given = " and ".join(f"{len(network.features)} of the {name}" for name, network in (("student", student), ("teacher", teacher)))
+        raise UserError(f"method.student.features: {given} cannot be matched; name equally many in both, or set method.weights.feature to 0")
+    return Projections(student.channels, teacher.channels)
+
+
+def check_divisible(name: str, config: NetworkConfig, crop: tuple[int, int, int], key: str) -> None:
+    """Raise UserError if the network of `method.<name>` cannot halve this crop as often as it does."""
+    try:
+        steps = stride(config.architecture, config.arguments)
+    except (TypeError, IndexError):
+        return  # no strides: building the network says so
+    if any(size % step for size, step in zip(crop, steps, strict=True)):
+        nearest = [-(-size // step) * step for size, step in zip(crop, steps, strict=True)]
+        raise UserError(f"{key} {list(crop)}: {config.architecture} of method.{name} needs multiples of {list(steps)}; use {nearest}")
+
+
+def encoded(batch: Batch, channels: TumourChannels) -> Tensor:
+    """Targets (B, K, X, Y, Z). Raises UserError if the shard set has no labels."""
+    if batch.label is None:
+        raise UserError(f"subject {batch.subject[0]}: no label in the shard set; this method trains on labelled subjects only")
+    return channels.encode(batch.label)
+
+
+def fit_terms(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """How far logits (B, K, X, Y, Z) are from the targets in {0, 1}; Dice is the mean over the channels."""
+    with _full_precision(logits):
+        logits = logits.float()
+        return {"dice": soft_dice(logits.sigmoid(), target).mean(), "bce": F.binary_cross_entropy_with_logits(logits, target)}
+
+
+def weighted(terms: dict[str, Tensor], weights: WeightConfig) -> StepOutput:
+    loss = sum(getattr(weights, name) * term for name, term in terms.items())
+    return StepOutput(loss, {name: term.detach() for name, term in terms.items()})
+
+
+def _of_equal_size(full: tuple[Tensor, ...], missing: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Float32 maps, the teacher's resampled to the size of the student's where another architecture has another."""
+    full, missing = [f.float() for f in full], [m.float() for m in missing]
+    return [f if f.shape == m.shape else F.interpolate(f, m.shape[2:], mode="trilinear") for f, m in zip(full, missing, strict=True)], missing
+
+
+def _role(step: RoleStep, networks: tuple[str, ...]) -> Role:
+    return Role(step, networks, optimizer=OptimizerConfig(name="adamw", lr=3e-4, weight_decay=1e-5), schedule=ScheduleConfig(name="poly"))
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    return torch.autocast(like.device.type, enabled=False)
+
+
+METHOD = KD

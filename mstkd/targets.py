@@ -1,0 +1,53 @@
+"""From label maps to what a network is trained on, and back."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mstkd.errors import UserError
+from mstkd.shards.spec import LabelScheme
+
+
+class TumourChannels:
+    """Label maps to target channels and logits back to label maps.
+
+    Channels: region [WT, TC, ET, background], disjoint [core, oedema, ET, background]; with `rc_channel` the
+    resection cavity follows as the fifth, otherwise it is background.
+    """
+
+    def __init__(self, scheme: LabelScheme | None, targets: Literal["region", "disjoint"], rc_channel: bool):
+        if scheme is None or not {"WT", "TC", "ET"} <= scheme.regions.keys():
+            found = scheme.name if scheme else "no label scheme"
+            raise UserError(f"data.shards: the set declares {found}; it needs one with the regions WT, TC and ET, e.g. brats2018")
+        whole, core, enhancing = (set(scheme.regions[region]) for region in ("WT", "TC", "ET"))
+        cavity = set(scheme.values) - {0} - whole
+        if rc_channel and len(cavity) != 1:
+            raise UserError(f"method.rc_channel: label scheme {scheme.name} has no resection cavity; set method.rc_channel to false")
+        self.scheme, self.targets = scheme, targets
+        self.cavity = next(iter(cavity)) if rc_channel else None
+        self.tumour = (whole, core, enhancing) if targets == "region" else (core - enhancing, whole - core, enhancing)
+        self.count = 4 + rc_channel
+
+    def encode(self, label: Tensor) -> Tensor:
+        """Targets (B, K, X, Y, Z) in {0, 1}, float32, of label maps (B, X, Y, Z)."""
+        tumour = [_is_any(label, values) for values in self.tumour]
+        foreground = torch.stack(tumour).any(0)
+        cavity = [] if self.cavity is None else [label == self.cavity]
+        background = ~torch.stack([foreground, *cavity]).any(0)
+        return torch.stack([*tumour, background, *cavity], 1).float()
+
+    def decode(self, logits: Tensor) -> Tensor:
+        """Label maps (B, X, Y, Z) uint8 of logits (B, K, X, Y, Z): probability above 0.5, painted WT, TC, ET in that order."""
+        first, second, third = (logits[:, :3] > 0).unbind(1)
+        whole, core = (first, second) if self.targets == "region" else (first | second | third, first | third)
+        label = torch.zeros_like(first, dtype=torch.uint8)
+        if self.cavity is not None:
+            label[logits[:, 4] > 0] = self.cavity
+        for region, mask in (("WT", whole), ("TC", core), ("ET", third)):
+            label[mask] = self.scheme.paint[region]
+        return label
+
+
+def _is_any(label: Tensor, values: set[int]) -> Tensor:
+    return torch.isin(label, torch.tensor(sorted(values), dtype=label.dtype, device=label.device))

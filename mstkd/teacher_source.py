@@ -1,0 +1,52 @@
+"""Which networks a run takes over frozen, and the files that hold them: its own earlier stages', or those of `teacher.path`."""
+
+from pathlib import Path
+
+from mstkd.config import RunConfig, TeacherConfig
+from mstkd.engine.teacher import read_weights
+from mstkd.errors import UserError
+from mstkd.evaluate.weights import best_files, safetensors_of
+from mstkd.methods import Method
+
+
+def given_networks(config: RunConfig, method: Method) -> set[str]:
+    """The frozen networks that `teacher.path` gives. Raises UserError if there is nothing at it, or no use for the section."""
+    name, needed = config.method["name"], {network for stage in method.stages for network in method.needs(stage)}
+    if not needed and config.teacher != TeacherConfig():
+        key = next(key for key, value in config.teacher if value != getattr(TeacherConfig(), key))
+        raise UserError(f"teacher.{key}: {name} freezes no network; remove the key")
+    if config.teacher.path is None:
+        return set()
+    files = given_files(config)
+    if len(needed) == 1:
+        return needed
+    if config.teacher.network:
+        raise UserError(f"teacher.network: {name} freezes {', '.join(sorted(needed))}, which are taken by their names; remove the key")
+    held = {key.partition(".")[0] for file in files for key in read_weights(file)}
+    if not needed & held:
+        raise UserError(f"teacher.path {config.teacher.path}: holds {', '.join(sorted(held)[:8])}; {name} freezes {', '.join(sorted(needed))}")
+    return needed & held
+
+
+def given_files(config: RunConfig) -> list[Path]:
+    """The weight files at `teacher.path`."""
+    path = Path(config.teacher.path)
+    if path.suffix in (".pt", ".pth") and path.is_file():
+        return [path]
+    try:
+        return safetensors_of(path)
+    except UserError as error:
+        raise UserError(f"teacher.path: {error}") from None
+
+
+def stages_left_out(method: Method, given: set[str]) -> list[str]:
+    """The stages that train nothing but networks which are given; one that goes on from a given network is none of them."""
+    results = {stage: {network for role in method.roles(stage).values() for network in role.results} for stage in method.stages}
+    return [stage for stage in method.stages if results[stage] <= given - method.needs(stage).keys()]
+
+
+def source_of(network: str, stage: str, config: RunConfig, given: set[str]) -> tuple[list[Path], str | None]:
+    """The files to look for `network` of the earlier `stage` in, and the name it has there, if it is another."""
+    if network in given:
+        return given_files(config), config.teacher.network
+    return best_files(config.run_dir, stage), None
