@@ -64,6 +64,8 @@ class Method(ABC):
     complete_only: ClassVar[bool] = True  # True: subjects that lack a sequence are dropped from training (counted)
     scored: ClassVar[tuple[str, ...]] = ("student", "teacher")  # networks that evaluation reports; the first selects "best"
 
+    blocks: ClassVar[tuple[type[nn.Module], ...]] = ()  # parts of the networks that `train.recompute` runs again in the backward pass
+
     networks: dict[str, nn.Module]  # by name, built in __init__
 
     @abstractmethod
