@@ -38,6 +38,7 @@ from mstkd.evaluate.overlap import refuse_overlap
 from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import safetensors_of
 from mstkd.methods import DataFacts, Method, Role
+from mstkd.models.recompute import recompute
 from mstkd.teacher_source import given_networks, source_of, stages_left_out
 from mstkd.track import NullTracker, Tracker, open_trackers
 
@@ -126,6 +127,11 @@ def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunC
     facts = DataFacts(training.sequences, training.stores[0].index.scheme, config.data.crop)
     torch.manual_seed(config.seed)  # the same initial weights on every rank and for every rank count
     method = methods.build(config.method, facts)
+    if config.train.recompute:
+        if not method.blocks:
+            raise UserError(f"train.recompute: {config.method['name']} names no blocks to compute again; remove the key")
+        for network in method.networks.values():
+            recompute(network, method.blocks)
     return method, config.model_copy(update={"method": methods.resolve(config.method)})
 
 

@@ -105,14 +105,15 @@ def ratio(top: Figure | None, bottom: Figure | None) -> float | None:
     return top.median / bottom.median
 
 
-def machine(folder: Path) -> dict:
+def machine(folder: Path | None = None) -> dict:
     """What kind of machine this is, and what kind of file system `folder` lies on; nothing that names either."""
+    filesystem = {} if folder is None else {"filesystem": _filesystem(folder)}
     return {
         "cpu": _cpu_model(),
         "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "kernel": platform.release(),
-        "filesystem": _filesystem(folder),
+        **filesystem,
         "load_before": round(os.getloadavg()[0], 1),
     }
 

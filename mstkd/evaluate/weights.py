@@ -133,15 +133,15 @@ def load_checkpoint(run_dir: Path, method: Method, checkpoint: str) -> set[str]:
     before = [name for name in stages[:-1] if (Path(run_dir) / name / "checkpoints" / "best").is_file()]
     loaded = {network for name in before for path in best_files(run_dir, name) for network in _load(path, method)}
     folder = _checkpoint_folder(Path(run_dir) / stages[-1] / "checkpoints", checkpoint)
-    for name, role in method.roles(stages[-1]).items():
-        saved = backend.saved_weights(folder / name)
+    for role_name, role in method.roles(stages[-1]).items():
+        saved = backend.saved_weights(folder / role_name)
         saved_as = {id(tensor): key for key, tensor in role.step.state_dict(keep_vars=True).items()}
         for network in role.networks:
             own = method.networks[network].state_dict(keep_vars=True)
             _fill(method, network, {key: saved[name] for key, tensor in own.items() if (name := saved_as.get(id(tensor))) in saved}, folder)
             loaded.add(network)
         if role.averages:
-            loaded |= set(_load(folder / name / averages.FILE, method))
+            loaded |= set(_load(folder / role_name / averages.FILE, method))
     return loaded
 
 

@@ -73,6 +73,8 @@ class Method(ABC):
     scored: ClassVar[tuple[str, ...]] = ("student", "teacher")  # what evaluation reports; the first that a stage trains selects its "best"
     sees_all: ClassVar[tuple[str, ...]] = ()  # those of them made for complete input: validation shows them every sequence
 
+    blocks: ClassVar[tuple[type[nn.Module], ...]] = ()  # parts of the networks that `train.recompute` runs again in the backward pass
+
     networks: dict[str, nn.Module]  # by name, built in __init__
 
     @abstractmethod

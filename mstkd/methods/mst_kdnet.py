@@ -28,8 +28,9 @@ from mstkd.losses.dice import soft_dice
 from mstkd.losses.distillation import attention_extremes, consistency, feature_matching, ramp_up, reference_kl, standardised_kl
 from mstkd.losses.style import reference_style_matching, style_matching
 from mstkd.methods import DataFacts, Method, Role, RoleStep
-from mstkd.models.mst_kdnet import STRIDE, Features, MSTKDNetwork
+from mstkd.models.mst_kdnet import STRIDE, Features, MSTKDNetwork, ResidualBlock, Up
 from mstkd.models.style_critic import StyleCritic
+from mstkd.models.transformer_unet import Decoder, Layer
 from mstkd.targets import TumourChannels
 
 PUBLISHED_TOKENS = 120  # of the 160 x 192 x 128 crop, to which the published weight of the attention term belongs
@@ -170,6 +171,7 @@ class MSTKDNet(Method):
     stages = ("distill",)
     complete_only = True
     scored = ("student", "teacher")
+    blocks = (ResidualBlock, Up, Layer, Decoder)
 
     def __init__(self, config: MSTKDNetConfig, facts: DataFacts):
         self.config = config

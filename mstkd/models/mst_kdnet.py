@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstkd.models.convolution import Conv3d
+from mstkd.models.convolution import Conv3d, cpu_arithmetic
 from mstkd.models.transformer_unet import PATCH, TransformerUNet, norm_factory
 
 STRIDE = 8 * PATCH  # image voxels per token and axis: what a crop must be divisible by
@@ -73,13 +73,14 @@ class MSTKDNetwork(nn.Module):
         d2 = self.down2(c2)
         c3 = self.blocks2(d2)
         encoded = self.down3(c3)
-        unet = self.transformer(encoded)
+        with cpu_arithmetic(encoded) as unet_input:
+            unet = self.transformer(unet_input)
         transformed = unet.output + encoded
         content = self.bottleneck(transformed)
         style = self.style(torch.cat([F.max_pool3d(d2, 2), encoded, transformed], 1))
         x = self.fuse(torch.cat([style, content], 1))
         x = self.up0(self.up1(self.up2(x, c3), c2), c1)
-        return Features(self.head(x), encoded, style, content, unet.decoded, unet.attention)
+        return Features(self.head(x.contiguous()), encoded, style, content, unet.decoded, unet.attention)
 
 
 class ResidualBlock(nn.Module):
@@ -91,7 +92,8 @@ class ResidualBlock(nn.Module):
         self.body = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        norm1, _, conv1, norm2, _, conv2 = self.body  # each convolution does its normalisation and ReLU, too
+        return conv2(conv1(x, norm1), norm2).add_(x)
 
 
 class Up(nn.Module):
@@ -102,5 +104,5 @@ class Up(nn.Module):
         self.reduce = nn.Conv3d(2 * channels, channels, 1)
         self.block = ResidualBlock(channels)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.block(F.interpolate(self.reduce(x), scale_factor=2, mode="nearest") + skip)
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # contiguous: 1^3 convolutions are slow in channels-last
+        return self.block(F.interpolate(self.reduce(x.contiguous()), scale_factor=2, mode="nearest").add_(skip))
