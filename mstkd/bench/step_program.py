@@ -19,8 +19,9 @@ from mstkd.batch import Batch, Progress
 from mstkd.bench.reference_step import ReferenceStep
 from mstkd.config import TrainConfig
 from mstkd.engine import backend
-from mstkd.engine.backend import RoleEngine, frozen
+from mstkd.engine.backend import RoleEngine
 from mstkd.engine.environment import Ranks, resolve_environment
+from mstkd.engine.frozen import frozen
 from mstkd.methods import DataFacts, Method
 from mstkd.models.recompute import recompute
 from mstkd.shards.spec import LABEL_SCHEMES
