@@ -134,4 +134,4 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
         engine.destroy()
     state = vars(trainer.state)
     return {"rows": trainer.tracker.rows, "artifacts": trainer.tracker.artifacts, "weights": weights, "finished": finished, "state": state,
-            "skipped": trainer.update.skipped, "counters": counters}  # fmt: skip
+            "step": state["step"], "skipped": trainer.update.skipped, "counters": counters}  # fmt: skip

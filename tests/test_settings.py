@@ -43,7 +43,7 @@ def test_a_file_full_of_auto_is_filled_from_the_recipe():
     got = configured(AUTO_FILE, "adamw", zero_stage=3, gradient_clipping=0.5)
     assert (got["train_batch_size"], got["train_micro_batch_size_per_gpu"], got["gradient_accumulation_steps"]) == (4, 1, 2)
     assert got["optimizer"] == {
-        "type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.999], "torch_adam": True, "adam_w_mode": True},
+        "type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.0, "betas": [0.9, 0.999], "torch_adam": True, "adam_w_mode": True, "fused": True},
     }  # fmt: skip
     assert got["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and got["bf16"] == {"enabled": False}
     assert got["gradient_clipping"] == 0.5 and got["zero_optimization"]["reduce_bucket_size"] == 1000

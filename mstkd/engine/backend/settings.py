@@ -79,6 +79,8 @@ def deepspeed_config(name: str, settings: RoleSettings, train: TrainConfig, accu
         # DeepSpeed allocates the bucket whole: never larger than the role itself
         "zero_optimization.reduce_bucket_size": min(REDUCE_BUCKET, max(parameters, 1)),
     }
+    if settings.optimizer.name != "sgd" and not settings.offload.optimizer:
+        defaults["optimizer.params.fused"] = True  # in one pass; torch's other forms make copies as large as the weights
     return merge(train.deepspeed, owned, defaults)
 
 
