@@ -46,7 +46,7 @@ class Settings:
 
     def facts(self) -> dict:
         """For the report's title."""
-        return {"crop": "x".join(map(str, self.crop)), "batch": 1, "rounds": self.rounds, "steps_per_round": self.steps, "dropout": 0}
+        return {"crop": "x".join(map(str, self.crop)), "batch": 1, "rounds": self.rounds, "steps_per_round": self.steps, "dropout": 0, "ZeRO": 0}
 
 
 def bench_step(settings: Settings, say: Callable[[str], None]) -> Report:
@@ -130,7 +130,7 @@ def largest_difference(terms: dict[str, float], others: dict[str, float]) -> flo
 
 def scaling_figures(rounds: int) -> list[Figure]:
     """Seconds per step of one and of two ranks, one thread and one sample each, of a small network."""
-    job = Job(OURS, SMALL_CROP, SMALL, steps=5)
+    job = Job(OURS, SMALL_CROP, SMALL, zero_stage=1, steps=5)
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
         for world in seconds:

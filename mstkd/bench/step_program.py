@@ -40,7 +40,7 @@ class Job:
     crop: tuple[int, int, int]
     network: dict  # sizes that differ from the published network
     precision: str = "fp32"
-    zero_stage: int = 1
+    zero_stage: int = 0  # nothing to share out on one rank
     recompute: bool = False
     steps: int = 1  # timed ones, after one to warm up
     store: str | None = None

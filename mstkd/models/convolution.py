@@ -29,6 +29,30 @@ class Conv3d(nn.Conv3d):
             return super().forward(x)
 
 
+def in_block_layout(x: Tensor) -> Tensor:
+    """`x` (B, C, X, Y, Z) in the memory layout in which its 3^3 convolutions run."""
+    few = x.device.type == "cpu" and x.shape[1] <= FEW
+    return _Laid.apply(x, torch.channels_last_3d if few else torch.contiguous_format)
+
+
+def in_plain_layout(x: Tensor) -> Tensor:
+    """`x` (B, C, X, Y, Z) contiguous: 1^3 convolutions are slow in channels-last."""
+    return _Laid.apply(x, torch.contiguous_format)
+
+
+class _Laid(torch.autograd.Function):
+    """`x` in another memory layout, and its gradient in that of `x`: sums of two layouts are slow."""
+
+    @staticmethod
+    def forward(ctx, x, layout):
+        ctx.layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last_3d
+        return x.contiguous(memory_format=layout)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.contiguous(memory_format=ctx.layout), None
+
+
 @contextmanager
 def cpu_arithmetic(x: Tensor) -> Iterator[Tensor]:
     """`x`, on a CPU in float32 and without autocast where bf16 would be slower or wrong."""

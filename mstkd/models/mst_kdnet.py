@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstkd.models.convolution import Conv3d, cpu_arithmetic
+from mstkd.models.convolution import Conv3d, cpu_arithmetic, in_block_layout, in_plain_layout
 from mstkd.models.transformer_unet import PATCH, TransformerUNet, norm_factory
 
 STRIDE = 8 * PATCH  # image voxels per token and axis: what a crop must be divisible by
@@ -80,7 +80,7 @@ class MSTKDNetwork(nn.Module):
         style = self.style(torch.cat([F.max_pool3d(d2, 2), encoded, transformed], 1))
         x = self.fuse(torch.cat([style, content], 1))
         x = self.up0(self.up1(self.up2(x, c3), c2), c1)
-        return Features(self.head(x.contiguous()), encoded, style, content, unet.decoded, unet.attention)
+        return Features(self.head(in_plain_layout(x)), encoded, style, content, unet.decoded, unet.attention)
 
 
 class ResidualBlock(nn.Module):
@@ -104,5 +104,6 @@ class Up(nn.Module):
         self.reduce = nn.Conv3d(2 * channels, channels, 1)
         self.block = ResidualBlock(channels)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # contiguous: 1^3 convolutions are slow in channels-last
-        return self.block(F.interpolate(self.reduce(x.contiguous()), scale_factor=2, mode="nearest").add_(skip))
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        reduced = in_block_layout(self.reduce(in_plain_layout(x)))  # the skip's layout already while there are few voxels
+        return self.block(F.interpolate(reduced, scale_factor=2, mode="nearest").add_(skip))

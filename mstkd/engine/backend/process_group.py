@@ -10,6 +10,7 @@ from mstkd.engine.backend.compiled_ops import load_op
 from mstkd.engine.backend.library import deepspeed
 from mstkd.engine.distributed import close_host_group, open_host_group
 from mstkd.engine.environment import Ranks
+from mstkd.engine.host_memory import keep_freed_memory
 from mstkd.engine.jit_cache import JitCache, place_caches
 
 
@@ -21,6 +22,7 @@ def start(ranks: Ranks, watchdog: WatchdogConfig = WatchdogConfig()) -> None:
     cache = place_caches()
     if ranks.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
         _compile_collectives(cache)
     else:
         torch.cuda.set_device(ranks.device)

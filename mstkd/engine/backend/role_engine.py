@@ -1,8 +1,9 @@
 """One DeepSpeed engine per role."""
 
+import functools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mstkd.engine.new_files import NewFiles
 from mstkd.errors import UserError
 from mstkd.methods import Role
 
+PLAIN_BUCKET = 2**25  # elements of the copy through which gradients are reduced without ZeRO
 LOSS_SCALE = "loss_scale"  # in the client state of a checkpoint
 
 
@@ -40,11 +42,19 @@ class RoleEngine:
         from mstkd.engine.backend.writer import Writer
 
         self._engine.checkpoint_engine = Writer()
+        if self.zero_stage == 0:
+            self._engine.allreduce_gradients = self._reduction(self._engine.allreduce_gradients)
         self._engine._copy_recovery_script = lambda folder: None  # a script for another layout, and rank 0 alone could fail at it
         self.scale = LossScale(self._engine, LossScaleSettings.of(config)) if train.precision == "fp16" else None
         self.rescaled = False  # the last update was skipped because of the loss scale, which has room to fall
         self._base_lr = self.optimizer.lr
         self._norm: Tensor | None = None  # of the gradients, where DeepSpeed keeps none
+
+    def _reduction(self, allreduce: Callable) -> Callable:
+        """Without ZeRO DeepSpeed reduces through a copy of all gradients, on one rank, too."""
+        if torch.distributed.get_world_size() == 1:
+            return lambda: None
+        return functools.partial(allreduce, bucket_size=PLAIN_BUCKET)
 
     def set_lr_factor(self, factor: float) -> float:
         for group in self._engine.optimizer.param_groups:
