@@ -153,7 +153,7 @@ def _named(facts: dict) -> Finding | None:
     if len(facts["nodes"]) == 1 or (own and not own.startswith("127.")):
         return None
     what = f"its own name resolves to {own}" if own else "its own name does not resolve there"
-    return warn("", f"{what}, where gloo ranks would listen", "set GLOO_SOCKET_IFNAME in environment: of the cluster file")
+    return warn("", f"{what}, where ranks listen for each other's votes", "set GLOO_SOCKET_IFNAME in environment: of the cluster file")
 
 
 def _clock(facts: dict) -> Finding | None:

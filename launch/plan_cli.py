@@ -67,7 +67,7 @@ def _roles(stage, device: str) -> Table:
         sizes = [getattr(role.memory, part) for role in roles]
         if any(sizes):
             table.add_row(title, *map(_bytes, [*sizes, sum(sizes)]))
-    table.add_row(f"activations, as on {device}", *(_bytes(role.activations) for role in roles))
+    table.add_row(f"activations, as on {device}" + " (a GPU keeps more)" * (device == "cpu"), *(_bytes(role.activations) for role in roles))
     table.add_row("batch, frozen networks", *[""] * len(roles), f"{_bytes(stage.batch)}, {_bytes(stage.frozen_bytes)}")
     table.add_row("memory per rank", *[""] * len(roles), _bytes(stage.device_bytes), style="bold")
     table.add_row("on the host per rank", *(_bytes(role.memory.host) for role in roles), _bytes(stage.host_bytes), end_section=True)

@@ -40,7 +40,8 @@ def kept_for_backward(method: Method, roles: dict[str, Role], batch: Batch, prec
     kept, carry = {}, {}
     for name, role in roles.items():
         role.step.train()
-        made, device = _Made(), batch.image.device.type
+        rested = [*(t for network in method.networks.values() for t in network.state_dict().values()), *tree_leaves(vars(batch))]
+        made, device = _Made(rested), batch.image.device.type
         borrowed = [method.networks[network] for network in role.borrows]
         cast = torch.autocast(device, dtype=getattr(torch, AUTOCAST.get(precision, "bfloat16")), enabled=precision in AUTOCAST)
         with made, cast, frozen(borrowed):
@@ -52,10 +53,11 @@ def kept_for_backward(method: Method, roles: dict[str, Role], batch: Batch, prec
 
 
 class _Made(TorchDispatchMode):
-    """Remembers the memory behind every tensor that an operation inside returns."""
+    """Remembers the memory behind every tensor that an operation inside returns, but for views of what `rested` there before."""
 
-    def __init__(self):
+    def __init__(self, rested: list):
         super().__init__()
+        self._rested = {tensor.untyped_storage()._cdata for tensor in rested if isinstance(tensor, Tensor)}
         self._storages: list[weakref.ref] = []
 
     def __torch_dispatch__(self, operation: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
@@ -65,4 +67,4 @@ class _Made(TorchDispatchMode):
 
     def alive_bytes(self) -> int:
         alive = {storage._cdata: storage.nbytes() for reference in self._storages if (storage := reference()) is not None}
-        return sum(alive.values())
+        return sum(size for storage, size in alive.items() if storage not in self._rested)

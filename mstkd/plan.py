@@ -51,7 +51,8 @@ class StagePlan:
     steps: int
     roles: list[RolePlan]
     frozen: dict[str, int]  # parameters of networks that this stage does not train
-    frozen_bytes: float  # of them, on the device
+    frozen_bytes: float  # of them and of moving averages, on the device
+    frozen_host_bytes: float  # of them, in host memory
     batch: int  # bytes of a micro-batch
     checkpoint: float  # bytes of one
     best: float  # bytes that the best one has more
@@ -67,7 +68,7 @@ class StagePlan:
 
     @property
     def host_bytes(self) -> float:
-        return sum(role.memory.host for role in self.roles)
+        return self.frozen_host_bytes + sum(role.memory.host for role in self.roles)
 
     @property
     def sent(self) -> float:
@@ -112,7 +113,7 @@ def plan(config: RunConfig, world: int) -> Plan:
     method, config, device = _build(config, training, fake)
     with fake, device:
         planner = _Planner(config, method, training, world, accumulation)
-        stages = [planner.stage(name, roles) for name, roles in stage_roles(config, method, given_networks(config, method)).items()]
+        stages = [planner.stage(name, roles) for name, roles in stage_roles(config, method, given_networks(config, method, training.sequences)).items()]
     micro_batches = config.train.global_batch // config.train.micro_batch
     shards = [shard for store in training.stores for shard in store.index.shards]
     return Plan(
@@ -149,15 +150,17 @@ class _Planner:
         config, networks = self.config, self.method.networks
         activations = self._activations(name, given)
         roles = {role: self._role(role, declared, activations.get(role)) for role, declared in given.items()}
-        trained = {network for role in roles.values() for network in role.networks}
+        trained = {network for role in given.values() for network in role.results}
+        averages = weight_bytes([networks[average] for role in given.values() for average in role.averages])  # whole in every checkpoint
         resting = {network: networks[network] for network in networks if network not in trained}
         steps = total_steps(config, self.training.order.items_per_epoch)
-        checkpoint, best = sum(role.checkpoint for role in roles.values()), weight_bytes([networks[network] for network in trained])
+        checkpoint, best = sum(role.checkpoint for role in roles.values()) + averages, weight_bytes([networks[network] for network in trained])
         # the newest ones, the best one and the one being written
         copies = config.checkpoint.keep + 2 + (steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0)
         return StagePlan(
             name, steps, list(roles.values()), frozen={network: _count(module) for network, module in resting.items()},
-            frozen_bytes=sum(self._resting_bytes(name, network) for network in resting),
+            frozen_bytes=sum(self._resting_bytes(name, network) for network in resting) + averages,
+            frozen_host_bytes=sum(self._host_bytes(name, network) for network in resting),
             batch=sum(t.untyped_storage().nbytes() for t in vars(self.batch).values() if isinstance(t, torch.Tensor)),
             checkpoint=checkpoint, best=best, disk=copies * checkpoint + best + steps / config.train.log_every * LOG_LINE,
         )  # fmt: skip
@@ -187,6 +190,11 @@ class _Planner:
         except Exception as error:  # whatever a method does with the values of a tensor
             self.note = f"stage {stage}: activations are not known, the dry step stops at {type(error).__name__}: {str(error).splitlines()[0][:200]}"
             return {}
+
+    def _host_bytes(self, stage: str, network: str) -> float:
+        """In host memory, of a network that the stage does not train: this rank's part under `teacher.placement: cpu`."""
+        streamed = network in self.method.needs(stage) and self.config.teacher.placement == "cpu"
+        return weight_bytes([self.method.networks[network]]) / self.world if streamed else 0.0
 
     def _resting_bytes(self, stage: str, network: str) -> float:
         """On the device, of a network that the stage does not train."""

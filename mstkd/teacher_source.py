@@ -2,15 +2,22 @@
 
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from mstkd.config import RunConfig, TeacherConfig
+from mstkd.engine.checkpoint import is_finished
 from mstkd.engine.teacher import read_weights
 from mstkd.errors import UserError
 from mstkd.evaluate.weights import best_files, safetensors_of
-from mstkd.methods import Method
+from mstkd.methods import Method, read_config
+from mstkd.run_folder import read_record, read_run_config
 
 
-def given_networks(config: RunConfig, method: Method) -> set[str]:
-    """The frozen networks that `teacher.path` gives. Raises UserError if there is nothing at it, or no use for the section."""
+def given_networks(config: RunConfig, method: Method, sequences: tuple[str, ...]) -> set[str]:
+    """The frozen networks that `teacher.path` gives, which are shown these `sequences`.
+
+    Raises UserError if there is nothing at it, no use for the section, or a run whose networks expect another input.
+    """
     name, needed = config.method["name"], {network for stage in method.stages for network in method.needs(stage)}
     if not needed and config.teacher != TeacherConfig():
         key = next(key for key, value in config.teacher if value != getattr(TeacherConfig(), key))
@@ -18,6 +25,8 @@ def given_networks(config: RunConfig, method: Method) -> set[str]:
     if config.teacher.path is None:
         return set()
     files = given_files(config)
+    if Path(config.teacher.path).is_dir():
+        _check_input(Path(config.teacher.path), method, sequences)
     if len(needed) == 1:
         return needed
     if config.teacher.network:
@@ -26,6 +35,20 @@ def given_networks(config: RunConfig, method: Method) -> set[str]:
     if not needed & held:
         raise UserError(f"teacher.path {config.teacher.path}: holds {', '.join(sorted(held)[:8])}; {name} freezes {', '.join(sorted(needed))}")
     return needed & held
+
+
+def _check_input(run: Path, method: Method, sequences: tuple[str, ...]) -> None:
+    """Raise UserError if the networks of the folder `run` were trained on another input, or answer in other channels."""
+    theirs, ours = read_config(read_run_config(run).method), getattr(method, "config", None)
+    pairs = {f"method.{key}": (getattr(theirs, key, None), getattr(ours, key, None)) for key in ("intensity", "targets", "rc_channel")}
+    pairs["the data's sequences"] = tuple(read_record(run)["data"]["sequences"]), tuple(sequences)
+    for what, (there, here) in pairs.items():
+        if there != here and None not in (there, here):
+            raise UserError(f"teacher.path {run}: {what} was {_said(there)} there and is {_said(here)} here; make them equal, or take another teacher")
+
+
+def _said(value: object) -> str:
+    return str(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
 
 
 def given_files(config: RunConfig) -> list[Path]:
@@ -49,4 +72,10 @@ def source_of(network: str, stage: str, config: RunConfig, given: set[str]) -> t
     """The files to look for `network` of the earlier `stage` in, and the name it has there, if it is another."""
     if network in given:
         return given_files(config), config.teacher.network
-    return best_files(config.run_dir, stage), None
+    files = best_files(config.run_dir, stage)
+    if not is_finished(config.run_dir / stage / "checkpoints"):
+        raise UserError(
+            f"{config.run_dir}: stage {stage}, which trains {network}, is not finished; finish it first, "
+            f"or take {network} as it is with name=... teacher.path={config.run_dir}"
+        )
+    return files, None

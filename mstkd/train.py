@@ -4,12 +4,14 @@ Entry of `mstkd train RECIPE`, `deepspeed --num_gpus N --module mstkd.train RECI
 """
 
 import functools
+import json
 import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -100,7 +102,7 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     """Open the data and build the networks. Raises UserError for whatever in the configuration cannot work."""
     training = open_training(config.data, config.seed, complete_only=methods.load(config.method["name"]).complete_only)
     method, config = build_method(config, training)
-    given = given_networks(config, method)
+    given = given_networks(config, method, training.sequences)
     stages = stage_roles(config, method, given)
     accumulation = config.train.accumulation(ranks.world)
     settings = [backend.check_role(name, role, config.train, accumulation) for roles in stages.values() for name, role in roles.items()]
@@ -182,7 +184,7 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbea
     for network in {*method.networks} - {*files}:
         method.networks[network].to(ranks.device)
     with agreed(ranks):
-        frozen = FrozenNetworks({network: method.networks[network] for network in files}, before.frozen, roles, config.teacher, ranks)
+        frozen = FrozenNetworks({network: method.networks[network] for network in files}, roles, config.teacher, ranks, _computes(config))
     accumulation = config.train.accumulation(ranks.world)
     engines = {role: RoleEngine(role, roles[role], config.train, accumulation, ranks.device) for role in roles}
     trainer = Trainer(_stage(name, run, engines), ranks, checkpoints, tracker, stop, heartbeat, startup, before)
@@ -200,6 +202,12 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbea
     if finished:
         trainer.tracker.finish("FINISHED")
     return finished
+
+
+def _computes(config: RunConfig) -> str:
+    """What decides the outputs of a frozen network besides its weights and its input."""
+    versions = {name: metadata.version(name) for name in ("mstkd", "torch", "monai")}
+    return json.dumps([config.method, versions], sort_keys=True)
 
 
 def _load_needed(network: str, earlier: str, run: Run) -> Path:

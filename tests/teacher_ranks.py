@@ -3,6 +3,7 @@
 import json
 
 import torch
+from small_mst_kdnet import NETWORK
 from toys.frozen_teacher import network
 
 from mstkd.config import TeacherConfig, load_config
@@ -10,6 +11,7 @@ from mstkd.engine import backend
 from mstkd.engine.environment import resolve_environment
 from mstkd.engine.stop import stop_signals
 from mstkd.engine.teacher import FrozenNetworks
+from mstkd.models.mst_kdnet import MSTKDNetwork
 from mstkd.train import train
 
 def run(recipe: str, overrides: list[str]) -> dict[str, dict[int, dict[str, float]]]:
@@ -34,13 +36,27 @@ def placed(placement: str) -> dict:
     whole = sum(p.numel() for p in teacher.parameters())
     with torch.no_grad():
         expected = teacher.eval()(image)
-        frozen = FrozenNetworks({"teacher": teacher.train()}, {}, {}, TeacherConfig(placement=placement), ranks)
+        frozen = FrozenNetworks({"teacher": teacher.train()}, {}, TeacherConfig(placement=placement), ranks)
         before = _held(teacher)
         for _ in range(3):
             difference = float((teacher(image) - expected).abs().max())
     result = {"whole": whole, "before": before, "after": _held(teacher), "difference": difference, "training": teacher.training}
     frozen.destroy()
     return result
+
+
+def placed_trunk(placement: str) -> float:
+    """As `placed`, for MST-KDNet's network, where a convolution reads the weights of its normalisation: the largest difference."""
+    ranks = resolve_environment()
+    backend.start(ranks)
+    torch.manual_seed(0)
+    trunk, image = MSTKDNetwork(4, 4, (32, 32, 32), **NETWORK).eval(), torch.randn(1, 4, 32, 32, 32)
+    with torch.no_grad():
+        expected = trunk(image).logits
+        frozen = FrozenNetworks({"teacher": trunk}, {}, TeacherConfig(placement=placement), ranks)
+        difference = float((trunk(image).logits - expected).abs().max())
+    frozen.destroy()
+    return difference
 
 
 def _held(network: torch.nn.Module) -> int:

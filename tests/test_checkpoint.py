@@ -238,3 +238,26 @@ def test_weights_with_batchnorm_evaluate_alike_on_one_and_two_ranks(trained, one
     here, shared = on_ranks(**words), two_ranks.run("trained_run.py", "on_ranks", **words)
     assert shared[0] == shared[1] == here
     assert len({row[-1]["dice"] for row in here[0]}) > 5  # not all empty or full
+
+
+def test_a_best_that_cannot_be_named_leaves_its_validation_to_be_done_again(one_rank, tmp_path):
+    (tmp_path / "best").mkdir()  # no file can take this name
+    reply = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), steps=5, best=True)[0]
+    assert reply.startswith("TrainingError") and "best weights not kept" in reply
+    (tmp_path / "best").rmdir()
+    again = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), steps=5, best=True)[0]
+    assert again["finished"] and again["state"]["best_step"] == 5
+    assert (tmp_path / "best").read_text().strip() == "step-00000005" == (tmp_path / "latest").read_text().strip()
+
+
+def test_a_best_score_without_a_best_checkpoint_is_forgotten(one_rank, tmp_path):
+    one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), steps=20, best=True, stop_after=7)
+    (tmp_path / "best").unlink()
+    again = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path), steps=20, best=True)[0]
+    assert again["state"]["best_step"] in (10, 15, 20) and (tmp_path / "best").is_file()
+
+
+def test_a_run_that_diverges_keeps_what_is_still_being_written(two_ranks, tmp_path):
+    nan = {"nan_at": list(range(4, 20))}
+    reply = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), every_steps=4, background=True, max_skipped=0, method=nan)[0]
+    assert reply.startswith("TrainingError") and (tmp_path / "latest").read_text().strip() == "step-00000004"

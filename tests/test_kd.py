@@ -16,6 +16,7 @@ from mstkd.evaluate.weights import open_run
 from mstkd.losses.distillation import standardised_kl
 from mstkd.losses.logits import bernoulli_kl
 from mstkd.methods import build
+from mstkd.methods.mean_teacher import MeanTeacherConfig
 from mstkd.models.segmenter import Projections, Segmenter, stride
 
 UNET = {"architecture": "UNet", "arguments": {"channels": [4, 8], "strides": [2], "num_res_units": 1}}
@@ -176,6 +177,10 @@ def recipe(tmp_path, shards, method) -> str:
     }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(values))
     return str(tmp_path / "small.yaml")
+
+
+def test_a_weight_of_the_mean_teacher_changes_no_other():
+    assert MeanTeacherConfig.model_validate({"weights": {"kl": 2}}).weights.feature == 0
 
 
 def test_kd_trains_teacher_and_then_student(two_ranks, phantom_shards, tmp_path):

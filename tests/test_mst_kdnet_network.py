@@ -4,8 +4,8 @@ import pytest
 import torch
 from small_mst_kdnet import NETWORK, START, make, make_batch, on_meta, parameters, shapes
 
-from mstkd.models.convolution import Conv3d
-from mstkd.models.mst_kdnet import MSTKDNetwork
+from mstkd.models.convolution import Conv3d, _statistics
+from mstkd.models.mst_kdnet import MSTKDNetwork, ResidualBlock
 from mstkd.models.style_critic import StyleCritic
 from mstkd.models.transformer_unet import Attention, BatchNorm3d
 
@@ -124,3 +124,34 @@ def test_the_smallest_crop_trains(norm):
         critic = roles["critic"].step.train()(batch, output.carry, START).loss
         assert output.loss.isfinite() and critic.isfinite()
         assert all(p.grad.isfinite().all() for p in roles["networks"].step.parameters())
+
+
+@pytest.mark.parametrize(("channels", "size"), [(8, (6, 4, 10)), (16, (16, 8, 8)), (64, (6, 4, 4))])
+def test_a_block_and_its_gradients_are_those_of_the_plain_layers(channels, size):
+    """On a CPU a convolution does its normalisation and ReLU itself, in a layout of its own; here against PyTorch's layers in float64."""
+    torch.manual_seed(0)
+    block, image = ResidualBlock(channels).double(), torch.randn(2, channels, *size, dtype=torch.float64) + 3
+    weights = torch.randn_like(image)
+
+    def plain(x):
+        norm1, _, conv1, norm2, _, conv2 = block.body
+        hidden = torch.nn.functional.conv3d(norm1(x).relu(), conv1.weight, conv1.bias, padding=1)
+        return x + torch.nn.functional.conv3d(norm2(hidden).relu(), conv2.weight, conv2.bias, padding=1)
+
+    found = []
+    for forward in (block, plain):
+        x = image.clone().requires_grad_()
+        output = forward(x)
+        found.append([output.detach(), *torch.autograd.grad((output * weights).sum(), [x, *block.parameters()])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_normalisation_over_a_million_voxels_keeps_its_digits():
+    """Where PyTorch's kernel for this layout is off by 2e-4 (torch 2.13): sums of float32 grow too long."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 128, 128, 64) * 2 + 3
+    mean, scale = _statistics(x.contiguous(memory_format=torch.channels_last_3d), 8, 1e-5)
+    exact = x.double()
+    torch.testing.assert_close(mean.double().flatten(), exact.mean((0, 2, 3, 4)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scale.double().flatten(), 1 / exact.var((0, 2, 3, 4), unbiased=False).add(1e-5).sqrt(), rtol=1e-6, atol=0)

@@ -80,3 +80,18 @@ def test_a_range_that_makes_no_sense_is_refused(steps):
     with pytest.raises(ValueError, match=f"profile.steps {steps}: give one update or a range"):
         ProfileConfig(steps=steps)
     assert ProfileConfig(steps=7).steps == "7"
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(two_ranks, tmp_path):
+    (tmp_path / "toy/distill").mkdir(parents=True)
+    (tmp_path / "toy/distill/profile").write_text("a file where the folder should be")
+    results = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), profile="3-4", steps=6)
+    assert [(r["finished"], r["artifacts"]) for r in results] == [(True, []), (True, [])]
+
+
+def test_gradient_norms_are_those_of_the_whole_role_under_every_stage(two_ranks, tmp_path):
+    norms = {}
+    for zero in (0, 1, 2, 3):
+        rows = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / str(zero)), zero=zero, steps=3)[0]["rows"]
+        norms[zero] = [row["gradient_norm/networks"] for _, row in rows if "gradient_norm/networks" in row]
+    assert all(norms[zero] == pytest.approx(norms[0], rel=1e-4) for zero in (1, 2, 3))

@@ -47,6 +47,7 @@ def test_fp16_trains_like_fp32(two_ranks, fp32, tmp_path, zero, clipping):
     assert max(abs(got[step] - fp32[clipping][step]) for step in got) < 5e-4  # fp16 has a resolution of 1e-3; measured 1e-4
     assert got != fp32[clipping] and abs(fp32[0.0][10] - fp32[0.05][10]) > 5e-3  # so that clipping scaled gradients is seen
     assert scales(result) == [2.0**16] * 10
+    assert all(row["gradient_norm/networks"] < 100 for _, row in result["rows"] if "gradient_norm/networks" in row)  # not of scaled gradients
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
@@ -61,8 +62,8 @@ def test_an_overflow_is_skipped_and_halves_the_scale_and_is_no_failure(two_ranks
 
 @pytest.mark.parametrize("zero", [0, 2])
 def test_a_run_that_diverges_still_ends(two_ranks, tmp_path, zero):
-    with pytest.raises(AssertionError, match="TrainingError.*3 non-finite updates in a row"):
-        train(two_ranks, tmp_path, zero, steps=30, max_skipped=2, method={"nan_at": list(range(30))}, more=starting_at(4))
+    reply = train(two_ranks, tmp_path, zero, steps=30, max_skipped=2, method={"nan_at": list(range(30))}, more=starting_at(4))
+    assert reply.startswith("TrainingError") and "3 non-finite updates in a row" in reply
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

@@ -288,6 +288,11 @@ def test_a_cut_teacher_is_held_in_parts(two_ranks):
             assert result["after"] < 0.6 * result["whole"]  # small tensors stay once gathered
 
 
+@pytest.mark.parametrize("placement", ["zero3", "cpu"])
+def test_a_cut_teacher_may_read_the_weights_of_its_other_modules(placement, two_ranks):
+    assert max(two_ranks.run("teacher_ranks.py", "placed_trunk", placement=placement)) < 1e-5
+
+
 @pytest.mark.parametrize("zero", [0, 3])
 def test_validation_sees_whole_frozen_networks_whatever_the_student_is_cut_into(zero, two_ranks, tmp_path):
     """As a method needs it whose student predicts through a frozen network."""
@@ -399,3 +404,13 @@ def test_an_output_that_is_not_per_sample_is_refused(tmp_path):
     CachedForward(teacher, OutputCache(tmp_path, 1.0), "w")
     with pytest.raises(UserError, match="teacher.cache_dir: .* leave it out"):
         teacher(torch.ones(2, 1))
+
+
+def test_networks_of_one_method_do_not_share_what_they_keep(tmp_path):
+    """Also where one file held both: the weights themselves are in the name."""
+    networks, image = [nn.Conv3d(1, 1, 1), nn.Conv3d(1, 1, 1)], torch.randn(1, 1, 2, 2, 2)
+    with torch.no_grad():
+        expected = [network(image) for network in networks]
+        for network in networks:
+            CachedForward(network, OutputCache(tmp_path, 1.0), "method")
+        assert all(torch.equal(network(image), output) for network, output in zip(networks, expected, strict=True))

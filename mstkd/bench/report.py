@@ -87,7 +87,7 @@ class Report:
         table = Table("target", "wanted", "reached", "verdict")
         for target in self.targets:
             wanted = f">= {target.at_least:g}" if target.at_least is not None else f"<= {target.at_most:g}"
-            table.add_row(target.name, wanted, "" if target.reached is None else f"{target.reached:.2f}", target.verdict)
+            table.add_row(target.name, wanted, "" if target.reached is None else f"{target.reached:.3g}", target.verdict)
         return table
 
     def _title(self) -> str:

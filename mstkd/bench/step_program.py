@@ -55,7 +55,7 @@ def measure(job: Job) -> dict:
     Peak bytes: on a GPU those that PyTorch had allocated at most; on a CPU the most that was resident less what was
     once everything was imported. So weights, gradients and the optimiser's state count, libraries do not.
     """
-    ranks = _join(job)
+    ranks = resolve_environment() if job.kind == REFERENCE else _join(job)  # plain PyTorch gets nothing that our start does
     synchronise = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
     before = 0 if ranks.device.type == "cuda" else _resident("VmRSS")
     step = (_reference if job.kind == REFERENCE else _ours)(job, ranks)

@@ -100,11 +100,12 @@ class Checkpoints:
             before = read_sealed(final)
             _seal(partial, before | {"state": asdict(state), "sha256": before["sha256"] | sha256})
             best = self._pointing_at(final, "best") if write_best else None
-            for name in [*sha256, STATE]:
+            for name in sha256:
                 os.replace(partial / name, final / name)
-            partial.rmdir()
             if best is not None:
                 os.replace(best, self.folder / "best")
+            os.replace(partial / STATE, final / STATE)  # last: what ends in between is validated again
+            partial.rmdir()
 
         self._begin(state, write_best or (lambda files: None), publish)
         self.finish()
@@ -194,11 +195,13 @@ class Checkpoints:
         return sorted(self.folder.glob("step-????????"), reverse=True)
 
     def _state_of(self, folder: Path) -> TrainState:
-        """The state in a sound checkpoint; a best checkpoint that no longer exists is forgotten, with a warning."""
+        """The state in a sound checkpoint; a best checkpoint that is not there is forgotten, with a warning."""
         state, best = read_state(folder), self.pointer("best")
         if best is not None and not best.is_dir():
             log.warning("the best checkpoint, %s, is gone; the next validation names a new one", best.name)
             (self.folder / "best").unlink()
+            best = None
+        if best is None:
             state.best_score = state.best_step = None
         return state
 

@@ -12,16 +12,23 @@ import torch.distributed as dist
 from torch import nn
 
 from mstkd.engine.environment import Ranks
-from mstkd.errors import FailedElsewhereError
+from mstkd.errors import FailedElsewhereError, UserError
 
 _hosts: dist.ProcessGroup | None = None  # None: the default group, which is gloo on CPUs
 
 
 def open_host_group(timeout: timedelta) -> None:
-    """Make the group for what follows. Collective; once per process group."""
+    """Make the group for what follows. Collective; once per process group. Raises UserError where hosts do not reach each other."""
     global _hosts
-    if dist.get_backend() != "gloo" and _hosts is None:
+    if dist.get_backend() == "gloo" or dist.get_world_size() == 1 or _hosts is not None:
+        return
+    try:
         _hosts = dist.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:
+        raise UserError(
+            f"the nodes do not reach each other through gloo ({str(error).splitlines()[0][:200]}); "
+            "set GLOO_SOCKET_IFNAME to the interface between them, see mstkd doctor"
+        ) from error
 
 
 def close_host_group() -> None:

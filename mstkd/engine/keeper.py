@@ -82,6 +82,7 @@ class Keeper:
         began = time.perf_counter()
         before = state.best_score, state.best_step
         improved = self._validate()
+        self.whole.put_away()
         state.validated_step, state.finished = state.step, trainer.at_end
         if not self._keep_validated(improved):
             state.best_score, state.best_step = before

@@ -33,7 +33,8 @@ class NewFiles:
             self._write(name, put)
         else:
             memory = io.BytesIO()
-            put(memory)
+            with self.guarded(self.folder / name):
+                put(memory)
             self._tasks.append(self._thread.submit(self._write, name, lambda stream: stream.write(memory.getbuffer())))
 
     @property
@@ -63,12 +64,13 @@ class NewFiles:
 
     @contextmanager
     def guarded(self, path: Path | None = None) -> Iterator[None]:
-        """Keep an OSError from inside the context, which concerns `path`, as the problem."""
+        """Keep an error from inside the context, which concerns `path`, as the problem: of the system, or of a file that was there."""
         try:
             yield
-        except OSError as error:
+        except (OSError, MemoryError, ValueError, KeyError) as error:
             if self.problem is None:
-                self.problem = f"{path or error.filename or self.folder}: {error.strerror or error}"
+                place, said = getattr(error, "filename", None), getattr(error, "strerror", None)
+                self.problem = f"{path or place or self.folder}: {said or error or type(error).__name__}"
 
 
 class HashedStream:

@@ -1,7 +1,7 @@
 """Outputs of a frozen network kept on a local disk, for inputs that come again.
 
-A value's name is the sha256 of the network's weight file's sha256, the device, the precision and the input's bytes:
-what is found is what would be computed, whatever has changed since. One file per sample, `<name>.safetensors`.
+A value's name is the sha256 of the network's weights and structure, the method's settings, the versions, the device, the precision
+and the input's bytes: what is found is what would be computed. One file per sample, `<name>.safetensors`.
 """
 
 import fcntl
@@ -105,10 +105,11 @@ class OutputCache:
 class CachedForward:
     """The forward of a frozen network, asking the cache first, sample by sample."""
 
-    def __init__(self, network: nn.Module, cache: OutputCache, weights_sha256: str):
-        """Takes the place of `network.forward`: whoever calls the network notices nothing."""
+    def __init__(self, network: nn.Module, cache: OutputCache, computes: str = ""):
+        """Takes the place of `network.forward`: whoever calls the network notices nothing. `computes`: what decides its output besides weights and input."""
         self._compute: Callable[[Tensor], Any] = network.forward
-        self.cache, self._weights = cache, weights_sha256
+        state = network.state_dict()
+        self.cache, self._weights = cache, f"{_digest([tensor.cpu() for tensor in state.values()])}/{list(state)}/{network}/{computes}"
         self._structure: TreeSpec | None = None  # of the output: known from the first call, which computes
         network.forward = self
 

@@ -83,8 +83,8 @@ def identities(files: dict[str, Path], before: dict[str, Identity]) -> dict[str,
 class FrozenNetworks:
     """The frozen networks of a stage while it trains: switched off as trainable, and placed as `teacher.placement` says."""
 
-    def __init__(self, networks: dict[str, nn.Module], origin: dict[str, Identity], roles: dict[str, Role], config: TeacherConfig, ranks: Ranks):
-        """Collective. `networks` hold their weights, which come from `origin`."""
+    def __init__(self, networks: dict[str, nn.Module], roles: dict[str, Role], config: TeacherConfig, ranks: Ranks, computes: str = ""):
+        """Collective. `networks` hold their weights; `computes`: what else decides their outputs, for the cache."""
         self.ranks, self._sharded = ranks, []
         self._cache = OutputCache(Path(config.cache_dir), config.cache_gib) if networks and config.cache_dir else None
         for name, network in networks.items():
@@ -94,7 +94,7 @@ class FrozenNetworks:
                 continue
             network.to(ranks.device)
             if self._cache:
-                CachedForward(network, self._cache, origin[name]["sha256"])
+                CachedForward(network, self._cache, computes)
 
     def report(self, stage: str) -> None:
         """Say what the cache was good for. Collective."""

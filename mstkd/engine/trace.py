@@ -45,14 +45,22 @@ class Trace:
             return None
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)
-        self._profile.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        recorded, self._profile = self._profile, None
+        recorded.stop()
         path = self.folder / f"steps-{self.first}-{self.last}.rank-{self.ranks.rank}.json.gz"
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".json") as raw:
-            self._profile.export_chrome_trace(raw.name)
-            events = json.loads(Path(raw.name).read_text())
-        self._profile = None
-        with gzip.open(path, "wt") as stream:
-            json.dump({key: value for key, value in events.items() if key not in IDENTIFYING}, stream)
+        try:
+            _write(recorded, path)
+        except (OSError, ValueError) as error:  # of a full disk; no reason to end a run
+            log.warning("%s: the trace cannot be written: %s", path, error)
+            return None
         log.info("trace of updates %d to %d: %s", self.first, self.last, path)
         return path
+
+
+def _write(recorded: profile, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".json") as raw:
+        recorded.export_chrome_trace(raw.name)
+        events = json.loads(Path(raw.name).read_text())
+    with gzip.open(path, "wt") as stream:
+        json.dump({key: value for key, value in events.items() if key not in IDENTIFYING}, stream)

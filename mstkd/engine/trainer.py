@@ -20,7 +20,7 @@ from mstkd.engine.startup import Startup
 from mstkd.engine.stop import StopFlag, Stopped
 from mstkd.engine.trace import Trace
 from mstkd.engine.update import Update
-from mstkd.errors import UserError
+from mstkd.errors import TrainingError, UserError
 from mstkd.track import Tracker
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,13 @@ class Trainer:
         try:
             self.keeper.validate_if_due()  # a stop may have come before this step's validation was done
             self.meter.restart()
-            with timed_collectives(self.meter.clock):
-                while self.state.step < self.stage.total_steps:
+            while self.state.step < self.stage.total_steps:
+                with timed_collectives(self.meter.clock):
                     self._step(batches)
-                    self._housekeeping()
+                self._housekeeping()
+        except TrainingError:  # on all ranks alike: what is being written may still count
+            self.keeper.finish()
+            raise
         except Stopped:
             if self.meter.steps:
                 self._log_figures()

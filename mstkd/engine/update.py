@@ -70,7 +70,7 @@ class Update:
     @contextmanager
     def _flops_counted(self, role: str, meter: Meter) -> Iterator[None]:
         """Counts a role's first micro-batch; the others take as many. What is computed anew in the backward pass counts, too."""
-        if self.stage.config.train.compile:  # inside a compiled network nothing can be counted
+        if self.stage.config.train.compile or self.stage.config.teacher.cache_dir:  # compiled networks hide theirs; cached outputs cost none
             yield
             return
         if role not in self._flops:

@@ -19,11 +19,21 @@ class WholeWeights:
             return self.stage.method
         if self._copy is None:
             self._copy = self._plain_copy()
+        for network in self._copy.networks.values():
+            if next(network.parameters()).device.type != "meta":
+                network.to(self.ranks.device)
         for engine in self.stage.engines.values():
             with engine.whole_weights():
                 for name in engine.role.results:
                     self._copy.networks[name].load_state_dict(self.stage.method.networks[name].state_dict())
         return self._copy
+
+    def put_away(self) -> None:
+        """The copy waits in host memory until it is asked for again: under ZeRO-3 it is what the device has no room for."""
+        if self._copy is not None:
+            for network in self._copy.networks.values():
+                if next(network.parameters()).device.type != "meta":
+                    network.to("cpu")
 
     def _plain_copy(self) -> Method:
         """A method whose frozen networks hold their weights, and whose others wait for theirs."""

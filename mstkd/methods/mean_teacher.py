@@ -15,9 +15,13 @@ from mstkd.methods.kd import DistillConfig, DistillStep, NetworkConfig, WeightCo
 from mstkd.targets import TumourChannels
 
 
+class MeanTeacherWeights(WeightConfig):
+    feature: float = Field(0.0, ge=0)
+
+
 class MeanTeacherConfig(DistillConfig):
     network: NetworkConfig = NetworkConfig()
-    weights: WeightConfig = WeightConfig(feature=0.0)
+    weights: MeanTeacherWeights = MeanTeacherWeights()
     decay: float = Field(0.999, ge=0, lt=1)  # of the average, per update
     ramp_epochs: int = Field(20, ge=1)  # until the teacher's terms have their full weight: at first it knows nothing
 

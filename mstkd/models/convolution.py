@@ -1,13 +1,16 @@
 """The 3^3 convolution of MST-KDNet, alone or after GroupNorm and ReLU, with what a CPU needs."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
+PART = 4096  # voxels that are summed in float32
 FEW = 32  # channels up to which channels-last is faster than PyTorch's own layout on a CPU
 
 
@@ -31,13 +34,17 @@ class Conv3d(nn.Conv3d):
 
 def in_block_layout(x: Tensor) -> Tensor:
     """`x` (B, C, X, Y, Z) in the memory layout in which its 3^3 convolutions run."""
-    few = x.device.type == "cpu" and x.shape[1] <= FEW
-    return _Laid.apply(x, torch.channels_last_3d if few else torch.contiguous_format)
+    return _Laid.apply(x, _layout(x.shape[1]) if x.device.type == "cpu" else torch.contiguous_format)
 
 
 def in_plain_layout(x: Tensor) -> Tensor:
     """`x` (B, C, X, Y, Z) contiguous: 1^3 convolutions are slow in channels-last."""
     return _Laid.apply(x, torch.contiguous_format)
+
+
+def _layout(channels: int) -> torch.memory_format:
+    """Of maps with so many channels on a CPU."""
+    return torch.channels_last_3d if channels <= FEW else torch.contiguous_format
 
 
 class _Laid(torch.autograd.Function):
@@ -73,7 +80,7 @@ def _computed_in(stored: torch.dtype, x: Tensor) -> torch.dtype:
 
     Also where the first axis has 2 voxels: there oneDNN's bf16 weight gradient is uninitialised memory.
     """
-    units = torch.cpu.get_capabilities()
+    units = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.float32 if stored == torch.bfloat16 and (x.shape[2] == 2 or not (units.get("avx512_bf16") or units.get("amx_bf16"))) else stored
 
 
@@ -82,26 +89,28 @@ class _OnCpu(torch.autograd.Function):
 
     Channels-last is what oneDNN is fast in with 16 channels at full resolution. relu(norm(x)) is made again in the backward
     pass: a pass over memory costs less than fresh pages for a tensor that waits there. Under bf16 autocast activations are bf16.
+    The normalisation is written out, because PyTorch's kernel for channels-last sums millions of voxels in one float32: at
+    160x192x128 its standard deviation is wrong by 1e-3.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, gamma=None, beta=None, groups=0, eps=0.0):
-        x = x.contiguous(memory_format=torch.channels_last_3d if x.shape[1] <= FEW else torch.contiguous_format)
+        x = x.contiguous(memory_format=_layout(x.shape[1]))
         ctx.stored = _stored_in(x)
         ctx.computed = _computed_in(ctx.stored, x)
-        ctx.stride, ctx.groups, ctx.eps = stride, groups, eps
-        ctx.save_for_backward(x, weight, gamma, beta)
+        ctx.stride, ctx.groups = stride, groups
         with torch.autocast("cpu", enabled=False):
-            activated, *_ = _activated(x, gamma, beta, groups, eps)
-            weight, bias = weight.to(ctx.computed), bias.to(ctx.computed)
-            return F.conv3d(activated.to(ctx.computed), weight, bias, stride, padding=1).to(ctx.stored)
+            mean, scale = (None, None) if gamma is None else _statistics(x.to(gamma.dtype), groups, eps)
+            ctx.save_for_backward(x, weight, gamma, beta, mean, scale)
+            activated = _activated(x, gamma, beta, mean, scale).to(ctx.computed)
+            return F.conv3d(activated, weight.to(ctx.computed), bias.to(ctx.computed), stride, padding=1).to(ctx.stored)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
-        x, weight, gamma, beta = ctx.saved_tensors
+        x, weight, gamma, beta, mean, scale = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
-            activated, *statistics = _activated(x, gamma, beta, ctx.groups, ctx.eps)
-            activated = activated.to(ctx.computed)
+            activated = _activated(x, gamma, beta, mean, scale).to(ctx.computed)
             wanted = [ctx.needs_input_grad[0] or gamma is not None, ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
             to_input, to_weight, to_bias = torch.ops.aten.convolution_backward(
                 gradient.to(ctx.computed), activated, weight.to(ctx.computed), [len(weight)],
@@ -109,25 +118,61 @@ class _OnCpu(torch.autograd.Function):
             )  # fmt: skip
             to_norm = (None, None)
             if gamma is not None:
-                torch.ops.aten.threshold_backward.grad_input(to_input, activated, 0, grad_input=to_input)
-                to_input, *to_norm = _normalisation_backward(to_input, x, gamma, ctx.groups, statistics)
+                through = torch.ops.aten.threshold_backward(to_input.contiguous(memory_format=_layout(x.shape[1])), activated, 0)
+                to_input, *to_norm = _normalisation_backward(through.to(gamma.dtype), x.to(gamma.dtype), gamma, ctx.groups, mean, scale)
         to_input = to_input.to(x.dtype) if ctx.needs_input_grad[0] else None
         return to_input, _like(weight, to_weight), _like(weight, to_bias), None, *to_norm, None, None
 
 
-def _activated(x: Tensor, gamma: Tensor | None, beta: Tensor | None, groups: int, eps: float) -> tuple[Tensor, ...]:
-    """relu(norm(x)), mean and 1/std of the groups; `x` alone without a normalisation."""
+def _statistics(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1/std (B, C, 1, 1, 1) of each channel's group."""
+    mean, square = (_group_means(sums, groups, x[0, 0].numel()) for sums in (_sums(x), _sums(x, x)))
+    scale = (square - mean.square() + eps).rsqrt()
+    return mean.to(x.dtype), scale.to(x.dtype)
+
+
+def _activated(x: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, scale: Tensor | None) -> Tensor:
+    """relu(norm(x)) in the type of `gamma`; `x` itself without a normalisation."""
     if gamma is None:
-        return (x,)
-    normalised, *statistics = torch.native_group_norm(x, gamma, beta, len(x), x.shape[1], x[0, 0].numel(), groups, eps)
-    return normalised.relu_(), *statistics
+        return x
+    factor = _of_channels(gamma) * scale
+    x = x.to(gamma.dtype)
+    return torch.addcmul(_of_channels(beta) - mean * factor, x, factor, out=torch.empty_like(x)).relu_()
 
 
-def _normalisation_backward(gradient: Tensor, x: Tensor, gamma: Tensor, groups: int, statistics: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of input, weight and bias; in the weight's type, because the kernel for bf16 is slow in channels-last."""
-    mean, scale = (value.to(gamma.dtype) for value in statistics)
-    sizes = len(x), x.shape[1], x[0, 0].numel(), groups
-    return torch.ops.aten.native_group_norm_backward(gradient.to(gamma.dtype), x.to(gamma.dtype), mean, scale, gamma, *sizes, [True] * 3)
+def _normalisation_backward(gradient: Tensor, x: Tensor, gamma: Tensor, groups: int, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the input, the weight (C,) and the bias (C,) of a group normalisation (Wu & He, ECCV 2018)."""
+    to_bias, with_x = _of_samples(_sums(gradient)), _of_samples(_sums(gradient, x))
+    to_weight = (with_x - mean * to_bias) * scale  # per sample: the sum of gradient times normalised x
+    average, along = (_group_means((_of_channels(gamma) * sums).flatten(1), groups, x[0, 0].numel()) for sums in (to_bias, to_weight))
+    slope = -along * scale.square()
+    to_input = torch.addcmul((-average * scale - slope * mean).to(x.dtype), x, slope.to(x.dtype), out=torch.empty_like(x))
+    to_input.addcmul_(gradient, _of_channels(gamma) * scale)
+    return to_input, to_weight.sum((0, 2, 3, 4)).to(gamma.dtype), to_bias.sum((0, 2, 3, 4)).to(gamma.dtype)
+
+
+def _sums(a: Tensor, b: Tensor | None = None) -> Tensor:
+    """(B, C) sums of `a`, or of `a` times `b`, over the voxels, in float64 over parts: one long float32 sum would lose half of its digits."""
+    if _layout(a.shape[1]) == torch.contiguous_format:
+        return (a if b is None else a * b).flatten(2).sum(2, dtype=torch.float64)
+    size = math.gcd(a[0, 0].numel(), PART)
+    parts = [t.permute(0, 2, 3, 4, 1).reshape(-1, size, t.shape[1]) for t in (a, b) if t is not None]  # in channels-last a view
+    sums = parts[0].sum(1) if b is None else torch.bmm(parts[0].transpose(1, 2), parts[1]).diagonal(dim1=1, dim2=2)
+    return sums.double().reshape(len(a), -1, a.shape[1]).sum(1)
+
+
+def _group_means(sums: Tensor, groups: int, voxels: int) -> Tensor:
+    """Of sums (B, C) over so many voxels: each group's mean, for each of its channels, (B, C, 1, 1, 1)."""
+    size = sums.shape[1] // groups
+    return _of_samples((sums.unflatten(1, (groups, size)).sum(2) / (size * voxels)).repeat_interleave(size, 1))
+
+
+def _of_samples(values: Tensor) -> Tensor:
+    return values[..., None, None, None]
+
+
+def _of_channels(values: Tensor) -> Tensor:
+    return values[None, :, None, None, None]
 
 
 def _like(parameter: Tensor, gradient: Tensor | None) -> Tensor | None:

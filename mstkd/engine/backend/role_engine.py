@@ -104,11 +104,13 @@ class RoleEngine:
     def _gradients_finite(self) -> bool:
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
-        self._norm = torch.linalg.vector_norm(norms)
-        return bool(norms.isfinite().all())
+        finite = bool(norms.isfinite().all())  # the one value that every update without ZeRO waits for
+        if finite:
+            self._norm = torch.linalg.vector_norm(norms) / (self.scale.value if self.scale else 1)  # of scaled gradients, still
+        return finite
 
     def gradient_norm(self) -> float | None:
-        """Of the newest update, before clipping; None before the first one."""
+        """Of the newest update, before clipping; None before the first one. Where ZeRO skipped it, it is not finite."""
         norm = self._norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 

@@ -28,6 +28,8 @@ class ShardedNetwork:
         self._engine, *_ = library.initialize(model=network, config=settings)
         for buffer in network.buffers():
             buffer.data = buffer.data.to(device)
+        for module in network.modules():  # a weight that another module reads is gathered then, too: DeepSpeed does so inside its engine only
+            module._parameters._in_forward = True
         network.eval()
 
     def destroy(self) -> None:

@@ -79,7 +79,13 @@ def _load_buffers(module: nn.Module, model_states: Path) -> None:
 
 
 def _own_step_counters(optimizer: torch.optim.Optimizer) -> None:
-    """ZeRO-3 lets all its groups of parameters share one counter, which each of them would then advance."""
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
+    """A counter for each group of parameters, where its kernel looks for it.
+
+    ZeRO-3 lets all its groups share one, which each of them would then advance; the conversion leaves it in host memory,
+    and a fused Adam reads it on the parameters' device.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step = optimizer.state.get(parameter, {}).get("step")
+            if isinstance(step, torch.Tensor):
+                optimizer.state[parameter]["step"] = step.to(parameter.device if group.get("fused") else "cpu", copy=True)

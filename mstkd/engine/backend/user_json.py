@@ -15,7 +15,7 @@ AUTO = "auto"
 PASSED_ON = {
     "zero_optimization", "optimizer", "fp16", "bf16", "torch_autocast", "communication_data_type", "data_types", "prescale_gradients",
     "gradient_predivide_factor", "disable_allgather", "disable_python_gc", "dump_state", "steps_per_print", "wall_clock_breakdown",
-    "memory_breakdown", "flops_profiler", "comms_logger", "timers", "tensorboard", "csv_monitor", "wandb", "comet", "aio", "log_level",
+    "memory_breakdown", "flops_profiler", "comms_logger", "timers", "aio", "log_level",
     "zero_force_ds_cpu_optimizer", "vocabulary_size",
 }  # fmt: skip
 OTHER_WAYS = "it changes what a step computes, and the same recipe must give the same steps on any number of ranks"
@@ -29,6 +29,7 @@ REFUSED = {
     "gradient_allreduce_op": OTHER_WAYS,
     "data_efficiency": "the recipe's data section alone decides what a step sees",
     "dataloader_drop_last": "the recipe's data section alone decides what a step sees",
+    **dict.fromkeys(("tensorboard", "csv_monitor", "wandb", "comet"), "mstkd tracks runs itself, see the recipe's tracking section"),
     "autotuning": "use mstkd plan, and try what it shows",
     "weight_quantization": OTHER_WAYS,
     "hybrid_engine": "it is for generating text",
