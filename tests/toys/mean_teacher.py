@@ -32,7 +32,7 @@ class MeanTeacher(CoTrained):
 
     def __init__(self, config, facts):
         self.config, self.facts = config, facts
-        self.networks = {name: network(len(facts.sequences)) for name in ("student", "teacher")}
+        self.networks = {name: network(len(facts.sequences), 8) for name in ("student", "teacher")}
         for net in () if config.batch_norm else self.networks.values():
             net[1] = nn.GroupNorm(2, 8)
 
