@@ -57,11 +57,11 @@ def test_a_resume_takes_the_average_up_again(zero, two_ranks, tmp_path):
     close(rest["weights"]["teacher"], whole["weights"]["teacher"], 0)
 
 
-def test_another_rank_count_and_stage_read_the_average(two_ranks, one_rank, tmp_path):
-    """The average alone: the role's own state is bound to its ranks under ZeRO 1-3."""
-    whole = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "whole"), zero=0, method=MEAN)[0]
-    two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "cut"), zero=0, method=MEAN, stop_after=4)
-    rest = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path / "cut"), zero=0, method=MEAN)[0]
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_another_rank_count_goes_on_with_the_average(zero, two_ranks, one_rank, tmp_path):
+    whole = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "whole"), zero=zero, method=MEAN)[0]
+    two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / "cut"), zero=zero, method=MEAN, stop_after=4)
+    rest = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path / "cut"), zero=zero, method=MEAN)[0]
     assert max(abs(curve(rest)[step] - curve(whole)[step]) for step in range(5, 11)) < 1e-5
 
 

@@ -114,7 +114,7 @@ def test_the_student_step_is_the_weighted_sum_of_its_terms():
         dice = 1 - 2 * (probability * target).sum((0, 2, 3, 4)) / (probability.square().sum((0, 2, 3, 4)) + target.square().sum((0, 2, 3, 4)))
         expected = {
             "dice": dice.mean(), "bce": nn.BCEWithLogitsLoss()(missing.logits, target), "kl": bernoulli_kl(full.logits, missing.logits, 4.0),
-            "feature": sum((f - m).square().mean() for f, m in zip(full.features, projected, strict=True)),
+            "feature": sum((f - m).square().mean() / f.square().mean() for f, m in zip(full.features, projected, strict=True)),
         }  # fmt: skip
     assert {name: float(value) for name, value in output.scalars.items()} == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-4)
     total = sum(weight * expected[name] for name, weight in (("dice", 2), ("bce", 3), ("kl", 5), ("feature", 7)))

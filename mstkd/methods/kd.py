@@ -92,7 +92,7 @@ class DistillStep(RoleStep):
         with _full_precision(missing.logits):
             terms = {"kl": divergence(full.logits.float(), missing.logits.float(), self.config.tau)}
             if self.config.weights.feature:
-                terms["feature"] = feature_matching(*_of_equal_size(full.features, features))
+                terms["feature"] = feature_matching(*_alike(full.features, features))
         return terms
 
 
@@ -181,10 +181,18 @@ def weighted(terms: dict[str, Tensor], weights: WeightConfig) -> StepOutput:
     return StepOutput(loss, {name: term.detach() for name, term in terms.items()})
 
 
-def _of_equal_size(full: tuple[Tensor, ...], missing: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Float32 maps, the teacher's resampled to the size of the student's where another architecture has another."""
-    full, missing = [f.float() for f in full], [m.float() for m in missing]
-    return [f if f.shape == m.shape else F.interpolate(f, m.shape[2:], mode="trilinear") for f, m in zip(full, missing, strict=True)], missing
+def _alike(full: tuple[Tensor, ...], missing: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Float32 maps of equal size and scale: the teacher's resampled where another architecture has another size, both over its root mean square.
+
+    FitNets matches maps as they are; then the deepest ones, whose values are in the hundreds, would outweigh all other terms.
+    """
+    pairs = []
+    for f, m in zip(full, missing, strict=True):
+        f, m = f.float(), m.float()
+        f = f if f.shape == m.shape else F.interpolate(f, m.shape[2:], mode="trilinear")
+        size = f.detach().square().mean().sqrt().clamp_min(1e-6)
+        pairs.append((f / size, m / size))
+    return [f for f, _ in pairs], [m for _, m in pairs]
 
 
 def _role(step: RoleStep, networks: tuple[str, ...]) -> Role:
