@@ -11,6 +11,7 @@ from mstkd.config import RoleConfig
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine
 from mstkd.engine.environment import resolve_environment
+from mstkd.engine.new_files import NewFiles
 
 NETWORK = {"width": 8, "decoder_width": 2, "embed_dim": 48, "layers": 4, "heads": 4, "mlp_dim": 64, "dropout": 0, "fuse_dropout": 0}
 
@@ -28,7 +29,7 @@ def measure(folder: str, zero: int, precision: str, offload: dict) -> dict:
     for step in range(2):
         traffic._micro_step(engine, step)
     held = _tensor_bytes() - before
-    engine.save(Path(folder))
+    engine.save(NewFiles(Path(folder)))
     sizes = [(getattr(p, "ds_numel", p.numel()), get_comm_dtype(p) != torch.float32) for p in role.step.parameters()]
     engine.destroy()
     return {"held": held, "all": sum(n for n, _ in sizes), "half": sum(n for n, half in sizes if half)}

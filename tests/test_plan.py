@@ -46,7 +46,7 @@ def test_the_published_recipe_takes_what_the_readme_says(shards, world, zero, st
     state = sum(role.memory.weights + role.memory.gradients + role.memory.moments for role in stage.roles)
     assert state / 1e9 == pytest.approx(state_gb, abs=0.05) and stage.sent / 1e9 == pytest.approx(sent_gb, abs=0.005)
     assert stage.checkpoint / 1e9 == pytest.approx({0: 3.7, 1: 5.0, 2: 5.0, 3: 3.7}[zero], abs=0.05)
-    assert networks.activations > 5e9 and stage.device_bytes > state + networks.activations
+    assert networks.activations > 3e9 and stage.device_bytes > state + networks.activations
 
 
 def test_data_steps_and_disk_add_up(shards, tmp_path):
@@ -139,7 +139,8 @@ def _saved_tensors(method, role, batch, precision) -> int:
     from mstkd.batch import Progress
     from mstkd.engine.frozen import frozen
 
-    given = {t.untyped_storage().data_ptr() for t in (*role.step.parameters(), *role.step.buffers(), batch.image)}
+    rested = [*(t for network in method.networks.values() for t in network.state_dict().values()), *vars(batch).values()]
+    given = {t.untyped_storage().data_ptr() for t in rested if isinstance(t, torch.Tensor)}
     saved = {}
 
     def note(tensor):
