@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,7 +45,7 @@ class OutputCache:
                 tensors = [file.get_tensor(str(place)) for place in range(len(file.keys()))]
                 sound = (file.metadata() or {}).get("sha256") == _digest(tensors)
             with suppress(OSError):
-                os.utime(path)  # the time of its use, which eviction sorts by
+                _used_now(path)
         except FileNotFoundError:  # never stored, or evicted meanwhile
             sound, tensors = True, None
         except (SafetensorError, OSError):
@@ -74,6 +75,7 @@ class OutputCache:
             with self._locked():
                 self._make_room(len(data))
                 partial.write_bytes(data)
+                _used_now(partial)
                 os.replace(partial, path)
         except OSError as error:
             self._writable = False
@@ -141,6 +143,12 @@ class CachedForward:
         digest = hashlib.sha256(f"{self._weights}/{device}/{precision}/{sample.dtype}/{tuple(sample.shape)}/".encode())
         digest.update(_bytes(sample.cpu().contiguous()))
         return digest.hexdigest()
+
+
+def _used_now(path: Path) -> None:
+    """Note the time of use, which eviction sorts by; the system's own stamps are equal for several milliseconds."""
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
 
 
 def _digest(tensors: list[Tensor]) -> str:
