@@ -79,6 +79,11 @@ class Batches:
 ROOM = {"at": [], "bytes": 0}
 
 
+def _limit_files(no_room: dict, due: bool) -> None:
+    if due:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (no_room["bytes"], resource.RLIM_INFINITY))
+
+
 def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", method=None, best=False, keep=2, every_steps=1000, max_skipped=5,
           clipping=0.0, optimizer=None, stop_in_validation_at=None, no_data=None, bad=(), max_bad_samples=10, no_room=ROOM,
           profile=None, log_every=1, more=None, **checkpoint):  # fmt: skip
@@ -104,21 +109,16 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
     def validate(whole, stopping):
         if trainer.state.step == stop_in_validation_at and not ranks.main:
             stop.reason = "SIGUSR2"
-        if [trainer.state.step, ranks.rank] in no_room.get("in_validation", []):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (no_room["bytes"], resource.RLIM_INFINITY))
+        _limit_files(no_room, [trainer.state.step, ranks.rank] in no_room.get("in_validation", []))
         if stopping():
             raise Stopped
-        if not best:
-            return {"score": 0.0}
-        weight = sum(p.double().sum() for p in whole.networks["student"].parameters())
-        return {"score": float(torch.sigmoid(weight))}
+        return {"score": float(torch.sigmoid(sum(p.double().sum() for p in whole.networks["student"].parameters()))) if best else 0.0}
 
     batches = functools.partial(Batches, steps, ranks, stop, stop_after, no_data, bad, no_room)
     stage = Stage("distill", config, toy, engines, steps, 8, batches, validate, build)
     heartbeat = Heartbeat(Path(folder), ranks, 0, config.watchdog)
     trainer = Trainer(stage, ranks, Checkpoints(Path(folder), ranks, config.checkpoint), Recorder(), stop, heartbeat)
-    if ranks.rank in no_room.get("at_resume", []):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (no_room["bytes"], resource.RLIM_INFINITY))
+    _limit_files(no_room, ranks.rank in no_room.get("at_resume", []))
     try:
         if resumed := on_main(trainer.checkpoints.newest_sound, ranks):
             trainer.resume(*resumed)
@@ -132,6 +132,5 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
     counters = {name: (engine._engine.global_steps, engine._engine.skipped_steps) for name, engine in engines.items()}
     for engine in engines.values():
         engine.destroy()
-    state = vars(trainer.state)
-    return {"rows": trainer.tracker.rows, "artifacts": trainer.tracker.artifacts, "weights": weights, "finished": finished, "state": state,
-            "step": state["step"], "skipped": trainer.update.skipped, "counters": counters}  # fmt: skip
+    return {"rows": trainer.tracker.rows, "artifacts": trainer.tracker.artifacts, "weights": weights, "finished": finished,
+            "state": vars(trainer.state), "step": trainer.state.step, "skipped": trainer.update.skipped, "counters": counters}  # fmt: skip
