@@ -1,5 +1,6 @@
 """Shared by all tests: pools of ranks that live as long as the test session."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,18 @@ def pytest_xdist_make_scheduler(config, log):
             return "slurm" if "mark.slurm" in (config.rootpath / file).read_text() else file
 
     return OneCluster(config, log)
+
+
+@pytest.fixture(autouse=True)
+def launcher_variables_stay():
+    """A test that leaves a launcher's variables behind makes every job that a later test submits believe in that launcher."""
+    before = launched_as()
+    yield
+    assert launched_as() == before
+
+
+def launched_as() -> dict[str, str | None]:
+    return {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
 
 
 @pytest.fixture(scope="session")

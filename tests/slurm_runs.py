@@ -30,11 +30,12 @@ def refusal(devcluster, folder: Path, recipe: str, words, *options, cluster="dev
 
 
 def reach(run: Path, step: int, timeout_s: float = 600) -> None:
-    """Wait until the run has logged `step`."""
+    """Wait until the run has logged `step`, or until its job gave up."""
     deadline = time.monotonic() + timeout_s
     metrics = run / "metrics.jsonl"
     while not (metrics.exists() and max(losses(metrics), default=0) >= step):
-        assert time.monotonic() < deadline, logs_of(run)
+        logs = logs_of(run)
+        assert time.monotonic() < deadline and "\nFAILED: " not in logs, logs
         time.sleep(0.1)
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -22,17 +23,16 @@ def without_launcher() -> dict[str, str]:
 
 
 @pytest.fixture
-def start(monkeypatch):
-    """Sets the environment to that of a process that a launcher started with these variables."""
+def start():
+    """Sets the environment to that of a process that a launcher started with these variables; afterwards it is as before."""
 
     def set_to(*variables: dict[str, str]) -> None:
         clean = without_launcher()
-        for name in set(os.environ) - set(clean):
-            monkeypatch.delenv(name)
-        for name, value in {key: value for part in variables for key, value in part.items()}.items():
-            monkeypatch.setenv(name, value)
+        os.environ.clear()
+        os.environ.update({**clean, **{key: value for part in variables for key, value in part.items()}})
 
-    return set_to
+    with patch.dict(os.environ):
+        yield set_to
 
 
 def ranks(rank, world, local_rank) -> dict[str, str]:
