@@ -5,7 +5,7 @@ model once its file is imported (`mstkd.methods.build`).
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -38,6 +38,7 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)  # adam: L2 added to the gradient; adamw: decoupled
     momentum: float = Field(0.0, ge=0, lt=1)  # sgd only
+    nesterov: bool = False  # sgd only
 
 
 class ScheduleConfig(Section):
@@ -48,6 +49,7 @@ class ScheduleConfig(Section):
     power: float = Field(0.9, gt=0)  # poly only
     warmup_steps: int = Field(0, ge=0)  # linear from 0 (excluded) to lr
     min_lr_ratio: float = Field(0.0, ge=0, le=1)  # cosine only: final lr / lr
+    after_steps: int = Field(0, ge=0)  # per step: the curve runs over so many steps more and begins after them (a warm restart)
 
 
 class AugmentConfig(Section):
@@ -66,6 +68,22 @@ class ShardSetConfig(Section):
     repeat: int = Field(1, ge=1)  # how often each of its items appears per epoch
 
 
+class AvailabilityConfig(Section):
+    """What the student may see of an item, drawn anew for each one among the sequences that its subject has."""
+
+    kind: Literal["uniform", "size_first", "rising", "fixed", "natural"] = "uniform"
+    """uniform: every non-empty subset equally likely. size_first: first how many, then which. rising: everything at first; the
+    share of items with a uniform draw grows over `ramp_epochs`. fixed: one of `subsets`. natural: nothing is hidden."""
+    subsets: list[str] = []  # of kind fixed, e.g. ["t1", "t1+t2"]
+    ramp_epochs: float = Field(20.0, gt=0)  # of kind rising
+
+    @model_validator(mode="after")
+    def _listed(self) -> "AvailabilityConfig":
+        if (self.kind == "fixed") != bool(self.subsets):
+            raise ValueError("give data.availability.subsets together with kind: fixed, and only then")
+        return self
+
+
 class DataConfig(Section):
     shards: list[ShardSetConfig] = Field(min_length=1)
     fold: int = Field(0, ge=0)
@@ -73,6 +91,7 @@ class DataConfig(Section):
     foreground_share: float = Field(0.0, ge=0, le=1)  # share of crops centred on a labelled voxel; the rest uniform
     crops: Literal["fresh", "fixed"] = "fresh"  # fixed: an item's crop and augmentation are the same in every epoch
     augment: AugmentConfig = AugmentConfig()
+    availability: AvailabilityConfig = AvailabilityConfig()  # a method may say otherwise for a stage of its own
     workers: int = Field(2, ge=0)  # loader processes per rank
     shuffle_window: int = Field(4, ge=1)  # tars whose subjects are mixed
     on_bad_sample: Literal["stop", "skip"] = "skip"  # skip: replace by another subject, say so and count it
@@ -113,7 +132,7 @@ Precision = Literal["fp32", "bf16", "fp16"]  # bf16, fp16: autocast over fp32 we
 class TrainConfig(Section):
     global_batch: int = Field(ge=1)  # G = ranks x micro_batch x accumulation
     micro_batch: int = Field(1, ge=1)
-    steps: int | None = Field(None, ge=1)
+    steps: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] | None = None  # of each stage, or by stage
     epochs: float | None = Field(None, gt=0)
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1

@@ -153,7 +153,7 @@ class _Planner:
         trained = {network for role in given.values() for network in role.results}
         averages = weight_bytes([networks[average] for role in given.values() for average in role.averages])  # whole in every checkpoint
         resting = {network: networks[network] for network in networks if network not in trained}
-        steps = total_steps(config, self.training.order.items_per_epoch)
+        steps = total_steps(config, name, self.training.order.items_per_epoch)
         checkpoint, best = sum(role.checkpoint for role in roles.values()) + averages, weight_bytes([networks[network] for network in trained])
         # the newest ones, the best one and the one being written
         copies = config.checkpoint.keep + 2 + (steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
-from mstkd.evaluate.scenarios import subset_name
+from mstkd.subsets import subset_name
 from mstkd.evaluate.weights import open_run
 from mstkd.shards.dataset import Case, DatasetSpec, Volume, known_specs, load_spec
 from mstkd.shards.geometry import restore, restore_scores

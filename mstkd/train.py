@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from mstkd import attempts, methods, run_folder
-from mstkd.config import RunConfig, load_config
+from mstkd.config import DataConfig, RunConfig, load_config
 from mstkd.console import log_to_console
 from mstkd.data.intensity import Intensity
 from mstkd.data.loader import TrainLoader
@@ -111,7 +111,7 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
         method.check_crop(method.config, config.inference.window, "inference.window")
     if config.init_from:
         safetensors_of(Path(config.init_from))
-    return Run(config, method, training, list(stages), given, Validation(config, training.stores, ranks), ranks)
+    return Run(config, method, training, list(stages), given, Validation(config, training.stores, ranks, method.subsets), ranks)
 
 
 def _train_stages(run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbeat, startup: Startup) -> str | None:
@@ -152,16 +152,27 @@ def chosen_stages(config: RunConfig, method: Method, given: set[str]) -> list[st
 def stage_roles(config: RunConfig, method: Method, given: set[str]) -> dict[str, dict[str, Role]]:
     """The stages to train, in order: the roles of each. Raises UserError where `train.roles` names one that there is not."""
     stages = {name: method.roles(name) for name in chosen_stages(config, method, given)}
+    steps = config.train.steps
+    if isinstance(steps, dict) and (strange := sorted(set(steps) - set(method.stages))):
+        raise UserError(f"train.steps.{strange[0]}: {config.method['name']} has no such stage; its stages: {', '.join(method.stages)}")
     known = {role for name in method.stages for role in (stages.get(name) or method.roles(name))}
     if unknown := sorted(set(config.train.roles) - known):
         raise UserError(f"train.roles.{unknown[0]}: {config.method['name']} has no such role; its roles: {', '.join(sorted(known))}")
     return stages
 
 
-def total_steps(config: RunConfig, items_per_epoch: int) -> int:
-    """Steps of a stage: as given, or epochs rounded up to whole steps."""
-    if config.train.steps is not None:
-        return config.train.steps
+def seen_in(stage: str, data: DataConfig, method: Method) -> DataConfig:
+    """The recipe's `data:` section with what the method says about availability in this stage."""
+    return data.model_copy(update={"availability": method.availability(stage) or data.availability})
+
+
+def total_steps(config: RunConfig, stage: str, items_per_epoch: int) -> int:
+    """Steps of a stage: as given, or epochs rounded up to whole steps. Raises UserError if the recipe leaves this stage out."""
+    steps = config.train.steps
+    if isinstance(steps, dict) and stage not in steps:
+        raise UserError(f"train.steps: none for stage {stage}; it has {', '.join(steps)}")
+    if steps is not None:
+        return steps[stage] if isinstance(steps, dict) else steps
     return -(-round(config.train.epochs * items_per_epoch) // config.train.global_batch)
 
 
@@ -218,12 +229,13 @@ def _load_needed(network: str, earlier: str, run: Run) -> Path:
 
 def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:
     config, training, ranks = run.config, run.training, run.ranks
-    steps = total_steps(config, training.order.items_per_epoch)
+    steps = total_steps(config, name, training.order.items_per_epoch)
     intensity = Intensity(run.method.intensity)
+    data = seen_in(name, config.data, run.method)
 
     def batches(start_step: int):
         return TrainLoader(
-            training, config.data, intensity, global_batch=config.train.global_batch, micro_batch=config.train.micro_batch,
+            training, data, intensity, global_batch=config.train.global_batch, micro_batch=config.train.micro_batch,
             total_steps=steps, start_step=start_step, rank=ranks.rank, world=ranks.world,
         )  # fmt: skip
 

@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mstkd.data.availability import draw
+from mstkd.config import AvailabilityConfig
+from mstkd.data.availability import Availability
 from mstkd.data.order import Order
 from mstkd.data.sample import Item
 from mstkd.errors import UserError
+from mstkd.subsets import all_subsets
 
 
 def shard_sets(draws, most_sets=2):
@@ -85,6 +87,11 @@ def test_no_training_subject_is_an_error():
         Order([[[], []]], [1], 0, 1)
 
 
+def draw(seed, item, present, **config):
+    sequences = ("flair", "t1", "t1ce", "t2", "dwi", "swi")[: len(present)]
+    return Availability(AvailabilityConfig(**config), sequences).draw(seed, item, present)
+
+
 @given(st.lists(st.booleans(), min_size=1, max_size=6).filter(any), st.integers(0, 10**6))
 def test_a_draw_is_a_non_empty_subset_of_what_is_present(present, epoch):
     available = draw(3, Item(epoch, 0, "subject"), tuple(present))
@@ -113,3 +120,48 @@ def test_draws_differ_between_items_and_seeds_and_repeat_for_the_same():
         [draw(0, Item(e, 0, "s", 1), (True,) * 4) for e in range(64)],
     ):
         assert 0.5 < sum(a != b for a, b in zip(base, other, strict=True)) / 64  # 14 in 15 expected
+
+
+def test_size_first_draws_the_number_first():
+    """The frequencies of the specification: singles 1/16, pairs 1/24, triples 1/16, all 1/4."""
+    counts = Counter(draw(0, Item(epoch, 0, "s"), (True,) * 4, kind="size_first") for epoch in range(48_000))
+    expected = {subset: 48_000 / {1: 16, 2: 24, 3: 16, 4: 4}[sum(subset)] for subset in all_subsets("abcd")}
+    assert counts.keys() == expected.keys()
+    # 14 degrees of freedom: 50 is passed by chance in 6 of a million seeds
+    assert sum((counts[subset] - expected[subset]) ** 2 / expected[subset] for subset in expected) < 50
+
+
+def test_a_rising_draw_hides_nothing_at_first_and_everything_is_uniform_after_the_ramp():
+    drawn = {epoch: [draw(0, Item(epoch, 0, f"s{n}"), (True,) * 4, kind="rising", ramp_epochs=10) for n in range(2000)] for epoch in (0, 5, 10, 30)}
+    shares = {epoch: sum(not all(subset) for subset in subsets) / 2000 for epoch, subsets in drawn.items()}
+    assert shares[0] == 0
+    assert shares[5] == pytest.approx(0.5 * 14 / 15, abs=0.05)  # 4 standard deviations
+    assert shares[10] == pytest.approx(14 / 15, abs=0.025) and shares[30] == pytest.approx(14 / 15, abs=0.025)
+    assert len(set(drawn[30])) == 15
+
+
+def test_a_fixed_list_is_drawn_from_and_cut_to_what_the_subject_has():
+    listed = {"kind": "fixed", "subsets": ["t1", "t1+t2"]}
+    items = [Item(0, 0, f"s{n}") for n in range(200)]
+    assert Counter(draw(0, item, (True,) * 4, **listed) for item in items).keys() == {(False, True, False, False), (False, True, False, True)}
+    assert {draw(0, item, (True, False, True, True), **listed) for item in items} == {(False, False, False, True)}
+    with pytest.raises(UserError, match="subject s0 has none of their sequences; list a subset that it has"):
+        draw(0, items[0], (True, False, True, False), **listed)
+    with pytest.raises(UserError, match="data.availability.subsets: subset 't1gd'"):
+        Availability(AvailabilityConfig(kind="fixed", subsets=["t1gd"]), ("flair", "t1"))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=5).filter(any))
+def test_natural_availability_hides_nothing(present):
+    assert draw(0, Item(0, 0, "s"), tuple(present), kind="natural") == tuple(present)
+
+
+@given(st.sampled_from(["uniform", "size_first", "rising", "fixed", "natural"]), st.lists(st.booleans(), min_size=4, max_size=4).filter(any))
+def test_what_can_be_drawn_is_what_is_drawn(kind, present):
+    present = tuple(present)
+    config = AvailabilityConfig(kind=kind, subsets=["a", "b", "c", "a+b+c+d"] if kind == "fixed" else [], ramp_epochs=1)
+    availability = Availability(config, "abcd")
+    possible = availability.possible([present])
+    if possible:
+        drawn = {availability.draw(0, Item(epoch, 0, "s"), present) for epoch in range(400)}
+        assert drawn == possible

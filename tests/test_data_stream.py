@@ -11,7 +11,6 @@ from test_data_loader import data_config, loader_of, micro_batches, same
 from tiny_shards import TARS, write_set
 
 from mstkd.config import IntensityConfig
-from mstkd.data.availability import draw
 from mstkd.data.intensity import Intensity
 from mstkd.data.loader import Share, Stages
 from mstkd.data.order import Order
@@ -136,7 +135,7 @@ def prepared(stages, item):
     drawn = stages.take(item)
     image = np.empty((4, 8, 8, 8), np.float32)
     stages.normalise(drawn, image)
-    available = draw(stages.training.seed, item, tuple(s in drawn.sample.meta.sequences for s in stages.training.sequences))
+    available = stages.availability.draw(stages.training.seed, item, tuple(s in drawn.sample.meta.sequences for s in stages.training.sequences))
     return drawn.subject, image.tobytes(), drawn.sample.brain.tobytes(), drawn.sample.label.tobytes(), available
 
 

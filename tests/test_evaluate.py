@@ -22,7 +22,7 @@ from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.overlap import find_overlap
 from mstkd.evaluate.report import best_median_worst
 from mstkd.evaluate.run import evaluate_predictions, evaluate_run
-from mstkd.evaluate.scenarios import all_subsets
+from mstkd.subsets import all_subsets
 from mstkd.evaluate.scoring import Score
 from mstkd.evaluate.summary import summarise
 from mstkd.evaluate.weights import best_files, load_networks, open_run, safetensors_of

@@ -12,7 +12,7 @@ from mstkd.engine import backend
 from mstkd.engine.environment import resolve_environment
 from mstkd.evaluate.cases import score_subjects
 from mstkd.evaluate.inference import Predictor
-from mstkd.evaluate.scenarios import all_subsets
+from mstkd.subsets import all_subsets
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import load_networks

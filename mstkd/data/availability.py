@@ -1,13 +1,82 @@
 """Which sequences the student may see: drawn anew for every item."""
 
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mstkd.config import AvailabilityConfig
 from mstkd.data.sample import Item, item_rng
+from mstkd.errors import UserError
+from mstkd.subsets import Subset, parse_subset
 
 
-def draw(seed: int, item: Item, present: tuple[bool, ...]) -> tuple[bool, ...]:
-    """One of the non-empty subsets of the `present` sequences, each equally likely; a function of (seed, item)."""
-    subset = int(item_rng(seed, item, "availability").integers(1, 2 ** sum(present)))
-    available = []
+class Availability:
+    """The draws of a recipe's `data.availability`: functions of (seed, item) alone."""
+
+    def __init__(self, config: AvailabilityConfig, sequences: Sequence[str]):
+        """Raises UserError if a listed subset names a sequence that the data does not have."""
+        self.config = config
+        try:
+            self._listed = [parse_subset(name, sequences) for name in config.subsets]
+        except UserError as error:
+            raise UserError(f"data.availability.subsets: {error}") from None
+
+    def draw(self, seed: int, item: Item, present: Subset) -> Subset:
+        """A non-empty subset of the `present` sequences. Raises UserError if none of the listed ones has a part in them."""
+        rng = item_rng(seed, item, "availability")
+        match self.config.kind:
+            case "natural":
+                return present
+            case "fixed":
+                return _one_of(_within(self._listed, present, item), rng)
+            case "size_first":
+                return _of_size(int(rng.integers(1, sum(present) + 1)), present, rng)
+            case "rising" if rng.random() >= item.epoch / self.config.ramp_epochs:
+                return present
+        return _uniform(present, rng)
+
+    def possible(self, patterns: Iterable[Subset]) -> set[Subset]:
+        """What can be drawn for subjects with these present sequences."""
+        if self.config.kind == "natural":
+            return set(patterns)
+        if self.config.kind == "fixed":
+            return {part for pattern in patterns for listed in self._listed if any(part := _both(listed, pattern))}
+        return {part for pattern in patterns for part in _parts(pattern)}
+
+
+def _uniform(present: Subset, rng: np.random.Generator) -> Subset:
+    return _part(present, int(rng.integers(1, 2 ** sum(present))))
+
+
+def _of_size(size: int, present: Subset, rng: np.random.Generator) -> Subset:
+    chosen = rng.choice(np.flatnonzero(present), size, replace=False)
+    return tuple(index in chosen for index in range(len(present)))
+
+
+def _one_of(subsets: Sequence[Subset], rng: np.random.Generator) -> Subset:
+    return subsets[int(rng.integers(len(subsets)))]
+
+
+def _within(listed: Iterable[Subset], present: Subset, item: Item) -> list[Subset]:
+    """What the subject has of the listed subsets, where it has something of them."""
+    parts = [part for subset in listed if any(part := _both(subset, present))]
+    if not parts:
+        raise UserError(f"data.availability.subsets: subject {item.subject} has none of their sequences; list a subset that it has, or leave it out of the splits")
+    return parts
+
+
+def _both(one: Subset, other: Subset) -> Subset:
+    return tuple(a and b for a, b in zip(one, other, strict=True))
+
+
+def _parts(present: Subset) -> list[Subset]:
+    return [_part(present, number) for number in range(1, 2 ** sum(present))]
+
+
+def _part(present: Subset, number: int) -> Subset:
+    """The subset of `present` whose members are the bits of `number`, lowest first."""
+    part = []
     for there in present:
-        available.append(there and bool(subset & 1))
-        subset >>= there
-    return tuple(available)
+        part.append(there and bool(number & 1))
+        number >>= there
+    return tuple(part)

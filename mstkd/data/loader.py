@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from mstkd.batch import Batch
 from mstkd.config import DataConfig
 from mstkd.data.augment import augment_geometry, augment_intensity
-from mstkd.data.availability import draw
+from mstkd.data.availability import Availability
 from mstkd.data.crop import Foreground, crop
 from mstkd.data.intensity import Intensity
 from mstkd.data.sample import Item, Sample, item_rng
@@ -78,6 +78,7 @@ class Stages:
 
     def __init__(self, training: TrainingSet, config: DataConfig, intensity: Intensity, share: Share):
         self.training, self.config, self.intensity, self.share = training, config, intensity, share
+        self.availability = Availability(config.availability, training.sequences)
         self._foregrounds = [Foreground() for _ in training.stores]
 
     def pipeline(self) -> webdataset.DataPipeline:
@@ -148,7 +149,7 @@ class Stages:
             if training.labelled:
                 fields["label"][place] = torch.from_numpy(sample.label)
             fields["present"].append(present)
-            fields["available"].append(draw(training.seed, drawn.item, present))
+            fields["available"].append(self.availability.draw(training.seed, drawn.item, present))
             fields["subject"].append(drawn.subject)
             fields["bad"] += drawn.bad
             drawn.sample = sample = None  # the pipeline holds on to `drawn` until it has the next one

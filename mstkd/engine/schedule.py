@@ -16,7 +16,8 @@ def lr_factor(schedule: ScheduleConfig, progress: Progress) -> float:
     if schedule.per == "epoch":
         done = progress.epoch / math.ceil(progress.total_epochs)
     else:
-        done = (progress.step - schedule.warmup_steps) / max(progress.total_steps - schedule.warmup_steps, 1)
+        before = schedule.after_steps - schedule.warmup_steps
+        done = (progress.step + before) / max(progress.total_steps + before, 1)
     if schedule.name == "poly":
         return (1 - done) ** schedule.power
     if schedule.name == "cosine":

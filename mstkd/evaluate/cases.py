@@ -14,7 +14,7 @@ from mstkd.engine.stop import Stopped
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.metrics import Reference, dice, region_masks
-from mstkd.evaluate.scenarios import Subset, subset_name
+from mstkd.subsets import Subset, subset_name
 from mstkd.evaluate.scoring import Score, score
 from mstkd.evaluate.source import CaseSource
 from mstkd.shards.geometry import restore_scores

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mstkd.config import InferenceConfig
 from mstkd.data.intensity import Intensity
-from mstkd.evaluate.scenarios import Subset
+from mstkd.subsets import Subset
 from mstkd.methods import Method
 from mstkd.shards.spec import SubjectMeta
 

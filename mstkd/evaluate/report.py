@@ -13,7 +13,7 @@ from mstkd.evaluate import figures
 from mstkd.evaluate.cases import Row, labelled
 from mstkd.evaluate.figures import CasePicture
 from mstkd.evaluate.inference import Predictor, evaluation_mode
-from mstkd.evaluate.scenarios import Subset, subset_name
+from mstkd.subsets import Subset, subset_name
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import millimetres, percent
 from mstkd.shards.spec import LabelScheme

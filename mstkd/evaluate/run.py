@@ -1,6 +1,7 @@
 """`mstkd evaluate`: a run on a split of shard sets, or label maps against label maps."""
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from mstkd.config import EvaluateConfig
 from mstkd.console import log_to_console
+from mstkd.data.availability import Availability
 from mstkd.data.store import ShardStore
 from mstkd.engine import backend
 from mstkd.engine.distributed import agreed
@@ -21,9 +23,9 @@ from mstkd.evaluate.cases import Row, references, score_labels, score_subjects, 
 from mstkd.evaluate.metrics import bounding_box
 from mstkd.evaluate.overlap import refuse, training_overlap
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_figures, write_report
-from mstkd.evaluate.scenarios import all_subsets
+from mstkd.subsets import possible_subsets, subset_name
 from mstkd.evaluate.scoring import conventions
-from mstkd.evaluate.source import CaseSource
+from mstkd.evaluate.source import CaseSource, split_subjects
 from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
 from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.shards.dataset import DatasetSpec, Volume, load_spec
@@ -31,6 +33,8 @@ from mstkd.shards.labels import read_labels
 from mstkd.shards.nifti import AFFINE_TOLERANCE_MM, read_volume
 from mstkd.shards.spec import LabelScheme
 from mstkd.track import open_evaluation
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_on_ranks(run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False) -> None:
@@ -59,10 +63,10 @@ def evaluate_run(
     source = CaseSource([ShardStore(data)]) if data else run.source
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
-    notes = conventions(run.config.evaluate) | _overlap_note(run, source, split, allow_overlap)
+    notes = conventions(run.config.evaluate) | _overlap_note(run, source, split, allow_overlap) | _untrained_note(run)
     predictor, scheme = run.predictor(), run.facts.label_scheme
     networks = _networks(run)
-    subsets = all_subsets(source.sequences)
+    subsets = possible_subsets(source.sequences, run.method.subsets)
     rows = score_subjects(predictor, networks, source, subjects, subsets, scheme, run.config.evaluate, rank, world)
     name, fold = run.config.method["name"], run.config.data.fold
     summaries = {n: summarise([row for row in rows if row.network == n], source.sequences, name, split, fold, notes) for n in networks}
@@ -178,6 +182,22 @@ def _overlap_note(run: TrainedRun, source: CaseSource, split: str, allowed: bool
         return {}
     seen = {other for _, other, _ in found.pairs}
     return {"overlap": f"ALLOWED OVERLAP: {len(seen)} of these cases were seen in training; the figures are optimistic"}
+
+
+def _untrained_note(run: TrainedRun) -> dict[str, str]:
+    """Subsets that are scored though training never showed them to the network."""
+    method, sequences = run.method, run.facts.sequences
+    entries = [store.subjects[key] for store in run.source.stores for key in split_subjects(store, "train", run.config.data.fold)]
+    patterns = {tuple(name in entry.sequences for name in sequences) for entry in entries}
+    if method.complete_only:
+        patterns = {(True,) * len(sequences)}
+    configs = [method.availability(stage) or run.config.data.availability for stage in method.stages]
+    seen = {subset for config in configs for subset in Availability(config, sequences).possible(patterns)}
+    never = [subset_name(sequences, subset) for subset in possible_subsets(sequences, method.subsets) if subset not in seen]
+    if not never:
+        return {}
+    log.warning("%s was never trained on %s", run.config.name, ", ".join(never))
+    return {"never trained": f"{', '.join(never)}: training never gave these; the figures show what happens then, not what training could reach"}
 
 
 def _networks(run: TrainedRun) -> list[str]:

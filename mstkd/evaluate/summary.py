@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mstkd.evaluate.cases import Row
-from mstkd.evaluate.scenarios import all_subsets, subset_name
+from mstkd.subsets import all_subsets, subset_name
 from mstkd.evaluate.scoring import Score
 
 COUNTS = ("n", "n_nonempty", "false_positive_cases", "hd95_n", "missed")

@@ -7,9 +7,10 @@ import numpy as np
 from mstkd.config import RunConfig
 from mstkd.data.store import ShardStore
 from mstkd.engine.environment import Ranks
+from mstkd.errors import UserError
 from mstkd.evaluate.cases import score_subjects
 from mstkd.evaluate.inference import Predictor
-from mstkd.evaluate.scenarios import all_subsets, parse_subset
+from mstkd.subsets import parse_subset, possible_subsets, subset_name
 from mstkd.evaluate.source import CaseSource
 from mstkd.methods import Method
 
@@ -17,14 +18,16 @@ from mstkd.methods import Method
 class Validation:
     """Mean Dice of one network over validation cases; the same figures on every rank."""
 
-    def __init__(self, config: RunConfig, stores: Sequence[ShardStore], ranks: Ranks):
-        """Raises UserError if `validate.subsets` names an unknown sequence."""
+    def __init__(self, config: RunConfig, stores: Sequence[ShardStore], ranks: Ranks, possible: Sequence[str] | None = None):
+        """`possible`: see `Method.subsets`. Raises UserError if `validate.subsets` names an unknown sequence, or a subset not among these."""
         self.config, self.ranks = config, ranks
         self.source = CaseSource(stores)
         self.subjects = self.source.subjects("val", config.data.fold)[: config.validation.max_cases]
         names = config.validation.subsets
         sequences = self.source.sequences
-        self.subsets = [parse_subset(name, sequences) for name in names] if names else all_subsets(sequences)
+        self.subsets = [parse_subset(name, sequences) for name in names] if names else possible_subsets(sequences, possible)
+        if strange := [subset for subset in self.subsets if subset not in possible_subsets(sequences, possible)]:
+            raise UserError(f"validate.subsets: the method cannot be given {subset_name(sequences, strange[0])}; choose from {', '.join(possible)}, or remove the key")
 
     def __call__(self, method: Method, stopping: Callable[[], bool], network: str | None = None) -> dict[str, float] | None:
         """"score", the mean over subsets x regions, which selects the best checkpoint, and its parts

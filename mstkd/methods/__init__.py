@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
-from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig
+from mstkd.config import AvailabilityConfig, IntensityConfig, OptimizerConfig, ScheduleConfig
 from mstkd.errors import UserError
 from mstkd.recipe import validate_section
 from mstkd.shards.spec import LabelScheme
@@ -73,6 +73,9 @@ class Method(ABC):
     scored: ClassVar[tuple[str, ...]] = ("student", "teacher")  # what evaluation reports; the first that a stage trains selects its "best"
     sees_all: ClassVar[tuple[str, ...]] = ()  # those of them made for complete input: validation shows them every sequence
 
+    paper: ClassVar[str] = ""  # what `mstkd methods` says of its source, e.g. "Wang et al., CVPR 2023"
+    reproduces: ClassVar[str] = ""  # and of how near to it this is
+
     blocks: ClassVar[tuple[type[nn.Module], ...]] = ()  # parts of the networks that `train.recompute` runs again in the backward pass
 
     networks: dict[str, nn.Module]  # by name, built in __init__
@@ -88,6 +91,15 @@ class Method(ABC):
     @abstractmethod
     def roles(self, stage: str) -> dict[str, Role]:
         """The roles of a stage by name, in update order."""
+
+    def availability(self, stage: str) -> AvailabilityConfig | None:
+        """What the student may see in `stage`; None: as the recipe's `data.availability` says."""
+        return None
+
+    @property
+    def subsets(self) -> tuple[str, ...] | None:
+        """The subsets of sequences it can be given, by name; None: all. Validation and evaluation leave out the others."""
+        return None
 
     def needs(self, stage: str) -> dict[str, str]:
         """Networks that `stage` takes from an earlier one: network name -> stage name.

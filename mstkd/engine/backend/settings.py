@@ -119,7 +119,7 @@ def _optimizer(name: str, settings: RoleSettings, train: TrainConfig) -> dict[st
     optimizer, key = settings.optimizer, f"train.roles.{name}.optimizer"
     values: dict[str, Any] = {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
     if optimizer.name == "sgd":
-        values |= {"momentum": optimizer.momentum}
+        values |= {"momentum": optimizer.momentum, "nesterov": optimizer.nesterov}
     else:
         values |= {"betas": list(optimizer.betas)}
     owned = {f"optimizer.params.{name}": Owned(value, f"{key}.{name}") for name, value in values.items()}

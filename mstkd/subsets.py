@@ -1,4 +1,4 @@
-"""Which sequences are given: every non-empty subset, in one order, under one name.
+"""Which sequences are given, or may be seen: every non-empty subset, in one order, under one name.
 
 Results are keyed by subset name, never by position: papers and released code list the subsets in different orders.
 """
@@ -16,6 +16,11 @@ def all_subsets(sequences: Sequence[str]) -> list[Subset]:
     count = len(sequences)
     chosen = (c for size in range(1, count + 1) for c in combinations(range(count), size))
     return [tuple(i in c for i in range(count)) for c in chosen]
+
+
+def possible_subsets(sequences: Sequence[str], names: Sequence[str] | None) -> list[Subset]:
+    """Those of `all_subsets` that a method takes, by name; None: all of them."""
+    return [subset for subset in all_subsets(sequences) if names is None or subset_name(sequences, subset) in names]
 
 
 def subset_name(sequences: Sequence[str], subset: Subset) -> str:
