@@ -12,12 +12,13 @@ import typer
 from rich.table import Table
 
 from mstkd.config import load_config
-from mstkd.errors import UserError
+from mstkd.errors import TrainingError, UserError
 from mstkd.launch.bench_cli import bench
 from mstkd.launch.mlflow_cli import mlflow
 from mstkd.launch.plan_cli import plan
 from mstkd.launch.shards_cli import print_table, shards
 from mstkd.launch.status_cli import cancel, logs, status
+from mstkd.launch.study_cli import study
 
 UsageError = typer.BadParameter.__bases__[0]  # Typer re-exports only the subclass
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -38,8 +39,8 @@ def main() -> None:
     """The console script. Bad input: one red line on stderr and exit code 2."""
     try:
         sys.exit(app(standalone_mode=False))
-    except UserError as error:
-        _fail(str(error))
+    except (UserError, TrainingError) as error:
+        _fail(str(error), error.exit_code)
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "mstkd"
         _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
@@ -96,7 +97,7 @@ def submit(
     typer.echo(f"follow with: mstkd status {prepared.name}; mstkd logs {prepared.name} --follow")
 
 
-for command in (plan, status, logs, cancel):
+for command in (plan, status, logs, cancel, study):
     app.command()(command)
 
 
@@ -211,6 +212,6 @@ def _first_line(method: type) -> str:
     return doc.strip().split("\n")[0]
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, exit_code: int = 2) -> None:
     typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-    sys.exit(2)
+    sys.exit(exit_code)

@@ -5,7 +5,7 @@ model once its file is imported (`mstkd.methods.build`).
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -132,7 +132,7 @@ Precision = Literal["fp32", "bf16", "fp16"]  # bf16, fp16: autocast over fp32 we
 class TrainConfig(Section):
     global_batch: int = Field(ge=1)  # G = ranks x micro_batch x accumulation
     micro_batch: int = Field(1, ge=1)
-    steps: Annotated[int, Field(ge=1)] | dict[str, Annotated[int, Field(ge=1)]] | None = None  # of each stage, or by stage
+    steps: int | dict[str, int] | None = None  # of each stage, or by stage
     epochs: float | None = Field(None, gt=0)
     precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -145,6 +145,14 @@ class TrainConfig(Section):
     max_skipped: int = Field(5, ge=0)  # consecutive non-finite steps before the run stops; with fp16 those count that no lower loss scale can help
     log_every: int = Field(10, ge=1)
     roles: dict[str, RoleConfig] = {}
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _count(cls, value: Any) -> Any:
+        counts = list(value.values()) if isinstance(value, dict) else [value]
+        if value is not None and not (counts and all(type(count) is int and count >= 1 for count in counts)):
+            raise ValueError("give a number of steps from 1, or one for each stage, e.g. {teacher: 100, student: 200}")
+        return value
 
     @field_validator("deepspeed", mode="before")
     @classmethod

@@ -19,6 +19,7 @@ import torch
 from mstkd import attempts, methods, run_folder
 from mstkd.config import DataConfig, RunConfig, load_config
 from mstkd.console import log_to_console
+from mstkd.data.availability import Availability
 from mstkd.data.intensity import Intensity
 from mstkd.data.loader import TrainLoader
 from mstkd.data.training import TrainingSet, open_training
@@ -107,6 +108,8 @@ def prepare(config: RunConfig, ranks: Ranks) -> Run:
     accumulation = config.train.accumulation(ranks.world)
     settings = [backend.check_role(name, role, config.train, accumulation) for roles in stages.values() for name, role in roles.items()]
     backend.load_ops(settings, config.train.compile, ranks)
+    for stage in stages:
+        Availability(seen_in(stage, config.data, method).availability, training.sequences)
     if config.inference.window:
         method.check_crop(method.config, config.inference.window, "inference.window")
     if config.init_from:

@@ -177,6 +177,16 @@ def test_poly_per_epoch_has_the_published_values_and_never_reaches_zero():
             assert min(lr_factor(schedule, progress(s, s // 10)) for s in range(1000)) > 0
 
 
+def test_a_warm_restart_begins_where_the_longer_curve_is():
+    """ShaSpec: 80,000 steps, then 100,000 more on the curve of 180,000; the facts of its specification."""
+    first, second = ScheduleConfig(name="poly"), ScheduleConfig(name="poly", after_steps=80_000)
+    assert 1e-2 * lr_factor(first, progress(79_999, 0, 80_000)) == pytest.approx(3.866e-7, rel=1e-3)
+    assert 1e-2 * lr_factor(second, progress(0, 0, 100_000)) == pytest.approx(5.8919e-3, rel=1e-4)
+    whole = ScheduleConfig(name="poly")
+    for step in (0, 50_000, 99_999):
+        assert lr_factor(second, progress(step, 0, 100_000)) == pytest.approx(lr_factor(whole, progress(80_000 + step, 0, 180_000)))
+
+
 def test_warm_up_then_cosine():
     schedule = ScheduleConfig(name="cosine", warmup_steps=10, min_lr_ratio=0.1)
     factors = [lr_factor(schedule, progress(s, 0)) for s in range(1001)]

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from toys.linear import Linear
 from trained_run import CROP, make_run, method_and_source, on_ranks, predictor_and_source, write_run
 
+from mstkd.config import ValidateConfig
+from mstkd.data.training import open_stores
+from mstkd.engine.environment import Ranks
 from mstkd.engine.teacher import load_weights
 from mstkd.errors import UserError
 from mstkd.evaluate import figures
@@ -22,15 +26,18 @@ from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.overlap import find_overlap
 from mstkd.evaluate.report import best_median_worst
 from mstkd.evaluate.run import evaluate_predictions, evaluate_run
-from mstkd.subsets import all_subsets
 from mstkd.evaluate.scoring import Score
 from mstkd.evaluate.summary import summarise
+from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import best_files, load_networks, open_run, safetensors_of
+from mstkd.run_folder import read_run_config
 from mstkd.shards.build import build as build_shards
 from mstkd.shards.dataset import SPEC_FOLDER
 from mstkd.shards.spec import read_index, read_splits
+from mstkd.subsets import all_subsets, subset_name
 
 REAL_CASE = Path(__file__).resolve().parents[2] / "shared" / "data" / "real_case"
+SEQUENCES = ("flair", "t1", "t1ce", "t2")
 CELL = {"dice", "dice_nonempty", "n", "n_nonempty", "false_positive_cases", "hd95_mm", "hd95_nonempty_mm", "hd95_n", "missed"}
 
 
@@ -251,6 +258,32 @@ def test_a_case_without_a_sequence_is_scored_on_what_it_has(run, tmp_path):
     summary = evaluate_run(write_run(tmp_path, "toy", {"name": "toys.linear"}), split="all", allow_overlap=True)
     counts = {name: cells["WT"]["n"] for name, cells in summary["subsets"].items()}
     assert len(counts) == 15 and all(n == (9 if "t1ce" in name else 10) for name, n in counts.items())
+
+
+def test_subsets_that_training_never_showed_are_named(shards, tmp_path, caplog):
+    (tmp_path / "shards").symlink_to(shards)
+    run = write_run(tmp_path, "toy", {"name": "toys.linear"})
+    assert "never trained" not in evaluate_run(run)["conventions"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["availability"] = {"kind": "fixed", "subsets": [*(subset_name(SEQUENCES, s) for s in all_subsets(SEQUENCES) if any(s[:2]))]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert evaluate_run(run)["conventions"]["never trained"].startswith("t1ce, t2, t1ce+t2: training never gave these")
+    assert "toy was never trained on t1ce, t2, t1ce+t2" in caplog.text
+
+
+def test_a_method_is_given_its_own_subsets_only(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(Linear, "subsets", ("t1+t2", "flair"))
+    (tmp_path / "shards").symlink_to(shards)
+    assert list(evaluate_run(write_run(tmp_path, "toy", {"name": "toys.linear"}))["subsets"]) == ["flair", "t1+t2"]
+    with pytest.raises(UserError, match=r"validate.subsets: the method cannot be given t1; choose from t1\+t2, flair, or remove the key"):
+        validation(tmp_path, {"subsets": ["t1"]})
+    assert len(validation(tmp_path, {}).subsets) == 2
+
+
+def validation(root, section):
+    config = read_run_config(root / "runs" / "toy")
+    config.validation = ValidateConfig(**section)
+    return Validation(config, open_stores(config.data), Ranks(0, 1, 0, torch.device("cpu")), Linear.subsets)
 
 
 def test_every_error_is_one_clear_line(run, shards, tmp_path):

@@ -49,6 +49,17 @@ def test_other_crops(crop, tokens, trained_on):
     assert shapes(features.attention) == [(1, 12, tokens, tokens)] * 4
 
 
+@pytest.mark.parametrize(("crop", "tokens"), [((64, 64, 64), 64), ((48, 48, 48), 27), ((64, 32, 16), 8)])
+def test_one_down_sampling_fewer_has_eight_times_the_tokens(crop, tokens):
+    network = on_meta(crop=crop, first_stride=1)
+    with torch.device("meta"):
+        features = network(torch.empty(1, 4, *crop))
+    assert features.logits.shape == (1, 4, *crop) and network.tokens == tokens
+    assert shapes(features.attention) == [(1, 12, tokens, tokens)] * 4
+    assert shapes(features[1:4]) == [(1, 128, *(size // 4 for size in crop))] * 3
+    assert parameters(network) - network.transformer.position.numel() == 154_334_148 - 92_160
+
+
 def test_published_width_computes():
     network = MSTKDNetwork(4, 4, crop=(64, 64, 64)).eval()
     with torch.inference_mode():

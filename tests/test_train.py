@@ -173,7 +173,7 @@ def test_warm_start_takes_what_fits_and_lists_the_rest(two_ranks, overrides, tmp
 
 @pytest.mark.parametrize(("change", "expected"), [
     (["train.stepz=3"], "unknown key train.stepz; did you mean 'steps'?"),
-    (["train.steps=ten"], "train.steps: Input should be a valid integer"),
+    (["train.steps=ten"], "train.steps: give a number of steps from 1, or one for each stage"),
     (["method.tao=3"], "override 'method.tao=3': unknown key method.tao; did you mean 'tau'?"),
     (["method.name=mst_kd"], "no method 'mst_kd'; known: kd, mean_teacher, mst_kdnet"),
     (["data.crop=[60, 64, 64]"], "data.crop [60, 64, 64]: each axis must be divisible by 32; use [64, 64, 64]"),
@@ -189,6 +189,9 @@ def test_warm_start_takes_what_fits_and_lists_the_rest(two_ranks, overrides, tmp
     (["resume=required"], "holds no checkpoint"),
     (["validate.subsets=[pd]"], "pd"),
     (["inference.window=[50, 50, 50]"], "inference.window [50, 50, 50]: each axis must be divisible by 32"),
+    (["train.steps={warp: 3}"], "train.steps.warp: mst_kdnet has no such stage; its stages: distill"),
+    (["data.availability={kind: fixed, subsets: [t1, pd]}"], "data.availability.subsets: subset 'pd': join different ones of flair, t1, t1ce, t2"),
+    (["data.availability={kind: fixed}"], "give data.availability.subsets together with kind: fixed, and only then"),
     (["train.epochs=3"], "override 'train.epochs=3': train: give exactly one of train.steps and train.epochs, and set the other one to null"),
 ])  # fmt: skip
 def test_bad_recipe_is_one_line(one_rank, overrides, change, expected):

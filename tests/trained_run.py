@@ -12,7 +12,6 @@ from mstkd.engine import backend
 from mstkd.engine.environment import resolve_environment
 from mstkd.evaluate.cases import score_subjects
 from mstkd.evaluate.inference import Predictor
-from mstkd.subsets import all_subsets
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import load_networks
@@ -20,6 +19,7 @@ from mstkd.methods import DataFacts, build
 from mstkd.run_folder import record_attempt
 from mstkd.shards.build import build as build_shards
 from mstkd.shards.phantom import write_phantom
+from mstkd.subsets import all_subsets
 
 CROP = (24, 24, 24)
 

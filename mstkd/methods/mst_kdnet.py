@@ -12,8 +12,10 @@ Where this differs from the released code, and why:
   new one every step); evaluation uses running statistics and no dropout (there batch statistics: `bn_eval: batch`).
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Literal
 
 import torch
@@ -28,11 +30,14 @@ from mstkd.losses.dice import soft_dice
 from mstkd.losses.distillation import attention_extremes, consistency, feature_matching, ramp_up, reference_kl, standardised_kl
 from mstkd.losses.style import reference_style_matching, style_matching
 from mstkd.methods import DataFacts, Method, Role, RoleStep
-from mstkd.models.mst_kdnet import STRIDE, Features, MSTKDNetwork, ResidualBlock, Up
+from mstkd.models.mst_kdnet import Features, MSTKDNetwork, ResidualBlock, Up, stride
 from mstkd.models.style_critic import StyleCritic
 from mstkd.models.transformer_unet import Decoder, Layer
 from mstkd.targets import TumourChannels
 
+log = logging.getLogger(__name__)
+
+FEW_TOKENS = 27
 PUBLISHED_TOKENS = 120  # of the 160 x 192 x 128 crop, to which the published weight of the attention term belongs
 
 
@@ -49,6 +54,7 @@ class NetworkConfig(Section):
     fuse_dropout: float = Field(0.2, ge=0, lt=1)  # where style and content are joined
     norm: Literal["batch", "instance"] = "batch"  # of the transformer's decoder
     bn_eval: Literal["running", "batch"] = "running"  # statistics of `norm: batch` in evaluation
+    first_stride: Literal[1, 2] = 2  # 1: one down-sampling fewer, for small crops; 16 instead of 32 voxels per token and axis
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "NetworkConfig":
@@ -178,6 +184,7 @@ class MSTKDNet(Method):
         self.channels = TumourChannels(facts.label_scheme, config.targets, config.rc_channel)
         shape = {"in_channels": len(facts.sequences), "out_channels": self.channels.count, "crop": facts.crop}
         self.networks = {name: MSTKDNetwork(**shape, **config.network.model_dump()) for name in ("teacher", "student")}
+        say_tokens(self.networks["student"].tokens)
         if not config.no_gsme:
             self.networks["critic"] = StyleCritic(8 * config.network.width, config.reference_head)
 
@@ -187,7 +194,7 @@ class MSTKDNet(Method):
 
     @classmethod
     def check_crop(cls, config: MSTKDNetConfig, crop: tuple[int, int, int], key: str = "data.crop") -> None:
-        _check_divisible(key, crop)
+        check_divisible(config.network, crop, key)
         if key == "data.crop" and config.reference_head and not config.no_gsme and tuple(size // 64 for size in crop) != (2, 3, 2):
             raise UserError(f"method.reference_head: fits crops like [160, 192, 128], not {list(crop)}; set method.reference_head to false")
 
@@ -206,7 +213,7 @@ class MSTKDNet(Method):
         return {"networks": networks, "critic": Role(CriticStep(critic), networks=("critic",), optimizer=optimizer)}
 
     def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
-        _check_divisible("inference.window", tuple(image.shape[2:]))
+        check_divisible(self.config.network, tuple(image.shape[2:]), "inference.window")
         visible = torch.where(available[:, :, None, None, None], image, self._hidden(image))
         with torch.no_grad(), _evaluating(self.networks[network]) as module:
             return module(visible).logits
@@ -222,10 +229,20 @@ class MSTKDNet(Method):
         return torch.full_like(image, self.config.intensity.hidden_value)
 
 
-def _check_divisible(key: str, size: tuple[int, int, int]) -> None:
-    if any(n % STRIDE for n in size):
-        nearest = [-(-n // STRIDE) * STRIDE for n in size]
-        raise UserError(f"{key} {list(size)}: each axis must be divisible by {STRIDE}; use {nearest}")
+def check_divisible(network: NetworkConfig, size: tuple[int, int, int], key: str) -> None:
+    """Raise UserError if the network cannot halve this size as often as it does."""
+    step = stride(network.first_stride)
+    if any(n % step for n in size):
+        nearest = [-(-n // step) * step for n in size]
+        raise UserError(f"{key} {list(size)}: each axis must be divisible by {step}; use {nearest}")
+
+
+@cache
+def say_tokens(tokens: int) -> None:
+    """Once per process: how much the attention has to work with."""
+    log.info("the transformer sees %d tokens per crop", tokens)
+    if tokens < FEW_TOKENS:
+        log.warning("%d tokens per crop are few for attention to tell anything: use a larger data.crop or method.network.first_stride=1", tokens)
 
 
 def _bce(logit: Tensor, truth: float) -> Tensor:

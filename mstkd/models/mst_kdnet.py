@@ -3,6 +3,7 @@
 Source: MST-KDNet (MICCAI 2025, arXiv:2507.22626). Letters: B samples, M sequences, K channels, w = width.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,11 +13,16 @@ from torch import Tensor, nn
 from mstkd.models.convolution import Conv3d, cpu_arithmetic, in_block_layout, in_plain_layout
 from mstkd.models.transformer_unet import PATCH, TransformerUNet, norm_factory
 
-STRIDE = 8 * PATCH  # image voxels per token and axis: what a crop must be divisible by
+STRIDE = 8 * PATCH  # image voxels per token and axis of the published network: what a crop must be divisible by
+
+
+def stride(first_stride: int = 2) -> int:
+    """Image voxels per token and axis where the first of the three down-samplings has this stride."""
+    return STRIDE * first_stride // 2
 
 
 class Features(NamedTuple):
-    """Everything that one network exposes to the losses; (x, y, z) = (X, Y, Z) / 8."""
+    """Everything that one network exposes to the losses; (x, y, z) = (X, Y, Z) / 8, or / 4 with first_stride 1."""
 
     logits: Tensor  # (B, K, X, Y, Z)
     encoded: Tensor  # (B, 8w, x, y, z)
@@ -29,7 +35,8 @@ class Features(NamedTuple):
 class MSTKDNetwork(nn.Module):
     """Residual encoder, transformer U-module, style and content maps, residual decoder.
 
-    `crop` (X, Y, Z) sizes the position embedding; other inputs divisible by 32 resample it.
+    `crop` (X, Y, Z) sizes the position embedding; other inputs divisible by 32 resample it. `first_stride` 1 leaves the first
+    down-sampling out, so that a small crop has eight times as many tokens.
     Published setting: the defaults, 4 inputs, 4 outputs, crop 160 x 192 x 128: 154,334,148 parameters.
     """
 
@@ -48,12 +55,13 @@ class MSTKDNetwork(nn.Module):
         fuse_dropout: float = 0.2,
         norm: Literal["batch", "instance"] = "batch",
         bn_eval: Literal["running", "batch"] = "running",
+        first_stride: Literal[1, 2] = 2,
     ):
         super().__init__()
         w, w2, w4, w8 = (width * k for k in (1, 2, 4, 8))
-        grid = tuple(size // STRIDE for size in crop)
+        grid = tuple(size // stride(first_stride) for size in crop)
         self.stem = nn.Sequential(Conv3d(in_channels, w), ResidualBlock(w))
-        self.down1 = nn.Sequential(Conv3d(w, w2, stride=2), ResidualBlock(w2), ResidualBlock(w2))
+        self.down1 = nn.Sequential(Conv3d(w, w2, stride=first_stride), ResidualBlock(w2), ResidualBlock(w2))
         self.down2 = Conv3d(w2, w4, stride=2)
         self.blocks2 = nn.Sequential(ResidualBlock(w4), ResidualBlock(w4))
         self.down3 = Conv3d(w4, w8, stride=2)
@@ -63,11 +71,16 @@ class MSTKDNetwork(nn.Module):
         self.bottleneck = nn.Sequential(*(ResidualBlock(w8) for _ in range(4)))
         self.style = nn.Conv3d(w4 + w8 + w8, w8, 1)
         self.fuse = nn.Sequential(nn.Conv3d(w8 + w8, w8, 1), nn.Dropout(fuse_dropout))
-        self.up2, self.up1, self.up0 = Up(w4), Up(w2), Up(w)
+        self.up2, self.up1, self.up0 = Up(w4), Up(w2), Up(w, first_stride)
         self.head = nn.Conv3d(w, out_channels, 1)
 
+    @property
+    def tokens(self) -> int:
+        """N of the crop that it was made for."""
+        return math.prod(self.transformer.grid)
+
     def forward(self, image: Tensor) -> Features:
-        """Features of `image` (B, M, X, Y, Z), each axis divisible by 32."""
+        """Features of `image` (B, M, X, Y, Z), each axis divisible by `stride(first_stride)`."""
         c1 = self.stem(image)
         c2 = self.down1(c1)
         d2 = self.down2(c2)
@@ -97,13 +110,14 @@ class ResidualBlock(nn.Module):
 
 
 class Up(nn.Module):
-    """Halve the channels, double the size (nearest), add the skip, refine."""
+    """Halve the channels, multiply the size by `scale` (nearest), add the skip, refine."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, scale: int = 2):
         super().__init__()
+        self.scale = scale
         self.reduce = nn.Conv3d(2 * channels, channels, 1)
         self.block = ResidualBlock(channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         reduced = in_block_layout(self.reduce(in_plain_layout(x)))  # the skip's layout already while there are few voxels
-        return self.block(F.interpolate(reduced, scale_factor=2, mode="nearest").add_(skip))
+        return self.block(F.interpolate(reduced, scale_factor=self.scale, mode="nearest").add_(skip))

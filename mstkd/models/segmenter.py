@@ -14,7 +14,8 @@ import torch
 from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
 from torch import Tensor, nn
 
-from mstkd.models.mst_kdnet import STRIDE, MSTKDNetwork
+from mstkd.models.mst_kdnet import MSTKDNetwork
+from mstkd.models.mst_kdnet import stride as mst_kdnet_stride
 
 Axes = tuple[int, int, int]
 
@@ -128,7 +129,7 @@ def _first_line(error: Exception) -> str:
 
 
 ARCHITECTURES = {
-    "mst_kdnet": Architecture(MSTKDNetwork, lambda arguments: (STRIDE,) * 3, lambda net: ("bottleneck", "up0")),
+    "mst_kdnet": Architecture(MSTKDNetwork, lambda arguments: (mst_kdnet_stride(arguments.get("first_stride", 2)),) * 3, lambda net: ("bottleneck", "up0")),
     "SegResNet": Architecture(
         _monai(SegResNet, spatial_dims=3),
         lambda arguments: (2 ** (len(arguments.get("blocks_down", (1, 2, 2, 4))) - 1),) * 3,

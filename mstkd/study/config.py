@@ -1,0 +1,100 @@
+"""The recipe of a study: what its arms share, what each one changes, and the question fixed before looking."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from mstkd.config import RunConfig, Section
+from mstkd.recipe import assign, find_recipe, parse_override, read_yaml, validate_section
+
+
+class CohortConfig(Section):
+    """A generated cohort, see `mstkd shards phantom`; its first subjects train, the next ones validate, the others test."""
+
+    train: int = Field(120, ge=1)
+    validation: int = Field(24, ge=1)
+    test: int = Field(48, ge=1)
+    size: int = 64  # voxels per axis
+    seed: int = Field(0, ge=0)
+
+    @property
+    def subjects(self) -> int:
+        return self.train + self.validation + self.test
+
+
+class TuningConfig(Section):
+    """Every arm tries each of its `tune` candidates; the best validation score is kept. The test split is not touched."""
+
+    steps: int = Field(100, ge=1)  # of each stage of a candidate
+    seed: int = Field(1000, ge=0)  # none of the study's own
+
+
+class ArmConfig(Section):
+    block: str = "A"
+    recipe: dict[str, Any] = {}  # merged over `common`
+    tune: list[dict[str, Any]] = []  # candidates, merged over both
+
+
+class StudyConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    runs_dir: str = "runs"
+    jobs: int = Field(1, ge=1)  # runs at once, each one process with one thread
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    cohort: CohortConfig | None = None  # none: `common` gives data.shards
+    tuning: TuningConfig = TuningConfig()
+    method: str  # the arm of the primary question, against
+    baseline: str  # this one
+    common: dict[str, Any]
+    arms: dict[str, ArmConfig] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _question(self) -> "StudyConfig":
+        for key in ("method", "baseline"):
+            if getattr(self, key) not in self.arms:
+                raise ValueError(f"{key}: {getattr(self, key)!r} is no arm; arms: {', '.join(self.arms)}")
+        return self
+
+    @model_validator(mode="after")
+    def _same_budget(self) -> "StudyConfig":
+        counts = {name: len(arm.tune) for name, arm in self.arms.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"arms differ in how many candidates they tune over: {counts}; give each of them equally many")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """runs_dir/<name>/: cohort/ tuning/ runs/ recipes/ comparison/."""
+        return Path(self.runs_dir) / self.name
+
+
+def load_study(recipe: str, overrides: list[str] = ()) -> StudyConfig:
+    """A study's recipe with dotted overrides. Raises UserError, also for an arm whose own recipe cannot be right."""
+    path = find_recipe(recipe)
+    values, lines = read_yaml(path)
+    origin = {key: f"{path.name}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        key, value = parse_override(override)
+        assign(values, key, value, override)
+        origin[key] = f"override {override!r}"
+    study = validate_section(StudyConfig, values, "", path.name, origin)
+    for name in study.arms:
+        for candidate in ({}, *study.arms[name].tune):
+            run_config(study, name, "check", "checked", 0, candidate)
+    return study
+
+
+def run_config(study: StudyConfig, arm: str, shards: str, name: str, seed: int, *changes: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of one run: `common`, the arm's, then `changes`. Raises UserError if it cannot be right."""
+    values = study.common
+    given = {"data": {"shards": shards}} if study.cohort else {}
+    for part in (study.arms[arm].recipe, given, *changes, {"name": name, "seed": seed}):
+        values = merged(values, part)
+    validate_section(RunConfig, values, "", f"arm {arm}")
+    return values
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, section by section; neither is changed."""
+    both = {key: merged(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value for key, value in over.items()}
+    return {**base, **both}

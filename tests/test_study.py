@@ -1,0 +1,128 @@
+"""`mstkd study`: its recipe, its cohort, and a whole one interrupted and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from mstkd.config import RunConfig
+from mstkd.data.store import ShardStore
+from mstkd.errors import UserError
+from mstkd.recipe import recipe_folder
+from mstkd.study.cohort import prepare_cohort
+from mstkd.study.config import CohortConfig, load_study, merged, run_config
+
+MSTKD = Path(sys.executable).parent / "mstkd"
+TESTS = Path(__file__).parent
+PACKAGED = sorted(path.stem for path in recipe_folder().glob("study_*.yaml"))
+DEADLINE_S = 600
+
+
+def write(folder, **changes) -> str:
+    """A study of two toys on twelve subjects; `changes` replace its keys."""
+    arm = {"recipe": {"method": {"name": "toys.two_stage"}}, "tune": [{"method": {"weight": 0.5}}, {"method": {"weight": 2.0}}]}
+    values = {
+        "name": "toys", "runs_dir": str(folder / "runs"), "method": "heavy", "baseline": "light", "seeds": [7], "jobs": 2,
+        "cohort": {"train": 3, "validation": 2, "test": 7, "size": 32}, "tuning": {"steps": 1},
+        "common": {
+            "data": {"crop": [16, 16, 16], "workers": 0}, "train": {"global_batch": 1, "steps": 3, "precision": "fp32"},
+            "validate": {"subsets": ["t1", "t2"], "max_cases": 1}, "evaluate": {"networks": ["student"]},
+        },
+        "arms": {"light": arm, "heavy": {**arm, "recipe": {"method": {"name": "toys.two_stage"}, "train": {"steps": 6}}}},
+    }  # fmt: skip
+    path = folder / "toys.yaml"
+    path.write_text(yaml.safe_dump(values | changes))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_every_arm_of_a_packaged_study_is_a_recipe_with_the_same_budget(name):
+    study = load_study(name)
+    assert len({len(arm.tune) for arm in study.arms.values()}) == 1
+    for arm in study.arms:
+        assert RunConfig.model_validate(run_config(study, arm, "shards", "run", 1)).seed == 1
+    assert study.cohort.test >= 48 and len(study.seeds) >= 3 and (study.method, study.baseline) == ("mst_kdnet", "student_only")
+
+
+def test_sections_are_laid_over_each_other():
+    base = {"train": {"steps": 3, "roles": {"a": {"lr": 1}}}, "data": {"crop": [1, 2, 3]}}
+    over = {"train": {"roles": {"a": {"lr": 2}, "b": {}}}, "data": {"crop": [4]}, "name": "x"}
+    assert merged(base, over) == {"train": {"steps": 3, "roles": {"a": {"lr": 2}, "b": {}}}, "data": {"crop": [4]}, "name": "x"}
+    assert base["train"]["roles"] == {"a": {"lr": 1}}
+
+
+@pytest.mark.parametrize(("changes", "words", "message"), [
+    ({"method": "best"}, [], "'best' is no arm; arms: heavy, light"),
+    ({"arms": {"light": {"tune": [{}]}, "heavy": {}}}, [], "arms differ in how many candidates they tune over"),
+    ({}, ["common.train.stps=3"], "arm light: unknown key train.stps; did you mean 'steps'?"),
+    ({}, ["seeds=[]"], "override 'seeds=[]': seeds: List should have at least 1 item"),
+    ({}, ["cohrt.test=3"], "override 'cohrt.test=3': unknown key cohrt; did you mean 'cohort'?"),
+])  # fmt: skip
+def test_a_wrong_study_is_one_line(tmp_path, changes, words, message):
+    with pytest.raises(UserError) as caught:
+        load_study(write(tmp_path, **changes), words)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_cohort_is_made_once_and_split_as_asked(tmp_path):
+    config = CohortConfig(train=3, validation=2, test=4, size=32)
+    shards = prepare_cohort(config, tmp_path, workers=1)
+    splits = ShardStore(shards).splits
+    assert [len(side) for side in (splits.folds[0].train, splits.folds[0].val, splits.test)] == [3, 2, 4]
+    assert len({*splits.folds[0].train, *splits.folds[0].val, *splits.test}) == 9
+    before = {path: path.stat().st_mtime_ns for path in shards.iterdir()}
+    assert prepare_cohort(config, tmp_path, workers=1) == shards
+    assert {path: path.stat().st_mtime_ns for path in shards.iterdir()} == before and not (tmp_path / "nifti").exists()
+
+
+def start(recipe, *words) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    return subprocess.Popen([MSTKD, "study", recipe, *words], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ended(process) -> tuple[int, str]:
+    out, err = process.communicate(timeout=DEADLINE_S)
+    return process.returncode, out + err
+
+
+def test_interrupted_it_goes_on_and_ends_with_a_comparison(tmp_path):
+    recipe, folder = write(tmp_path), tmp_path / "runs" / "toys"
+    process = start(recipe)
+    deadline = time.monotonic() + DEADLINE_S
+    while not any(folder.glob("tuning/*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline, ended(process)
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 128 + signal.SIGTERM
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+    code, said = ended(start(recipe))
+    assert code == 0, said
+    tuning = json.loads((folder / "tuning.json").read_text())
+    for arm, found in tuning.items():
+        assert len(found["scores"]) == 2 and found["scores"][found["chosen"]] == max(found["scores"])
+        chosen = yaml.safe_load((folder / "runs" / f"{arm}-seed7" / "config.yaml").read_text())
+        assert chosen["method"]["weight"] == (0.5, 2.0)[found["chosen"]] and chosen["seed"] == 7
+        assert chosen["train"]["steps"] == {"light": 3, "heavy": 6}[arm]
+    assert {"compare.html", "compare.csv", "primary.csv"} <= {path.name for path in (folder / "comparison").iterdir()}
+
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/metrics.jsonl")}
+    code, said = ended(start(recipe))
+    assert code == 0 and "2 of 2 runs are done, 0 to go" in said
+    assert len(before) == 6 and {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_failed_run_is_named_and_the_others_have_their_turn(tmp_path):
+    arms = {name: {"recipe": {"method": {"name": "toys.two_stage", "fail_at": at}}} for name, at in (("light", -1), ("heavy", 1))}
+    code, said = ended(start(write(tmp_path, arms=arms)))
+    assert code == 1
+    assert "study toys: 1 of 2 runs failed: heavy-seed7; see " in said.splitlines()[-1] and "then give the same command again" in said
+    assert (tmp_path / "runs" / "toys" / "runs" / "light-seed7" / "evaluation" / "summary.json").is_file()
