@@ -57,6 +57,7 @@ def compare(
     axes = common_axes(everything, patient)
     arms = build_arms(groups, axes)
     base = choose(arms, str(baseline), "--baseline") if baseline is not None else arms[0]
+    arms.sort(key=lambda arm: arm is not base)  # the baseline on top, the others as given
     fixed = choose(arms, str(primary), "--primary").label if primary is not None else None
     if fixed == base.label:
         raise UserError(f"--primary {primary}: that is the baseline; name another arm")
@@ -133,8 +134,7 @@ def _facts(arms: Sequence[Arm], base: Arm, fixed: str | None, axes: Axes, unchec
         if (common := both(arm, base)) != base.subsets or common != arm.subsets:
             names = [name for name, has in zip(axes.subsets, common, strict=True) if has]
             facts[f"subsets, {arm.label}"] = f"differences of means are over the {len(names)} subsets that both have: {', '.join(names) or 'none'}"
-    lacking = sum(bool(np.isnan(base.dice[0][p][:, 0][list(base.subsets)]).any()) for p in range(len(axes.patients)))
-    if lacking:
+    if lacking := int(np.isnan(base.dice[0][:, np.asarray(base.subsets), 0]).any(axis=1).sum()):
         facts["missing sequences"] = f"{lacking} patients lack some; their mean is over the subsets they have"
     if unchecked:
         facts["overlap"] = f"not checked again for {', '.join(unchecked)} (training data not at hand, or changed); their evaluation checked it"

@@ -38,29 +38,36 @@ def write_tables(comparison: Comparison) -> list[Path]:
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Arms x regions: mean Dice, difference to the baseline with its interval, p; below it what the figures mean."""
     console = console or Console()
-    table = Table(title=f"Mean Dice % over subsets, against {comparison.baseline}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("arm", overflow="fold")
-    table.add_column("seeds", justify="right")
-    for region in comparison.regions:
-        table.add_column(f"{region}\nDice", justify="right", no_wrap=True)
-        table.add_column("difference\n[95 %]", justify="right")
-        table.add_column("p\nHolm", justify="right", no_wrap=True)
+    table = _table(f"Dice % over subsets, against {comparison.baseline}", "Dice", "difference [95 %]", "seed sd", "p, Holm")
     tests = {(test.arm, test.region): test for test in comparison.tests}
     for label, arm in comparison.arms.items():
-        words = []
+        table.add_section()
         for region in comparison.regions:
             cell, test = comparison.mean(label, region), tests.get((label, region))
-            words += [percent(cell.dice.value), points(cell.difference), p_text(test.p_holm) if test else ""]
-        table.add_row(label + " (oracle)" * arm.oracle, str(len(arm.seeds)), *words)
-    for published in comparison.published:
-        table.add_section()
-        for method, rows in published.rows.items():
-            means = [rows[region].printed_mean if region in rows else None for region in comparison.regions]
-            texts = [text for mean in means for text in (f"{mean.dice_percent:g}" if mean else "", "", "")]
-            table.add_row(f"{method} [{published.name}: conventions differ]".replace("[", "\\["), "", *texts, style="dim")
+            name = label + " (oracle)" * arm.oracle if region == comparison.regions[0] else ""
+            spread = percent(arm.seed_sd[region]) if arm.seed_sd else "1 seed"
+            p = p_text(test.p_holm) + " expl." * (not test.primary) if test else ""
+            table.add_row(name, region, percent(cell.dice.value), points(cell.difference), spread, p)
     console.print(table)
+    for published in comparison.published:
+        table = _table(f"{published.name}, as printed: conventions differ", "Dice", "HD95")
+        for method, rows in published.rows.items():
+            table.add_section()
+            for region, row in rows.items():
+                dice, _, hd95 = printed(row.printed_mean).partition(" / ")
+                table.add_row(method if region == next(iter(rows)) else "", region, dice, hd95)
+        console.print(table)
     for key, text in (comparison.facts | comparison.conventions).items():
         console.print(f"{key}: {text}", style="dim", highlight=False, markup=False)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("arm", overflow="fold")
+    table.add_column("region")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def family(test: PairedTest) -> str:
@@ -75,7 +82,15 @@ def points(difference: Estimate | None) -> str:
     """A difference in percentage points with its interval."""
     if difference is None:
         return ""
-    return f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+    return f"{signed(difference.value)} {signed_span(difference)}"
+
+
+def signed(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def signed_span(estimate: Estimate) -> str:
+    return f"[{signed(estimate.low)}, {signed(estimate.high)}]"
 
 
 def span(estimate: Estimate) -> str:
