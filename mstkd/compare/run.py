@@ -12,8 +12,8 @@ from mstkd.compare.costs import costs
 from mstkd.compare.patients import read_patients
 from mstkd.compare.published import read_published
 from mstkd.compare.report import write_report
-from mstkd.compare.result import ArmSummary, Comparison
-from mstkd.compare.runs import check_comparable, read_run
+from mstkd.compare.result import MEAN, ArmSummary, Comparison
+from mstkd.compare.runs import EvaluatedRun, check_comparable, read_run
 from mstkd.compare.statistics import LEVEL, REPLICATES, Replicates, mean_known, seed_spread
 from mstkd.compare.tables import write_tables
 from mstkd.errors import UserError
@@ -43,15 +43,8 @@ def compare(
     if the first run was tracked. Raises UserError: a run without evaluation, other test sets or conventions, a patient
     who was also trained on, arms that differ in more than seed, too few arms, unknown names.
     """
-    labelled = {label: [read_run(Path(folder)) for folder in folders] for label, folders in runs.items()} if isinstance(runs, Mapping) else None
-    everything = [run for group_ in labelled.values() for run in group_] if labelled is not None else [read_run(Path(folder)) for folder in runs]
-    if not everything:
-        raise UserError("mstkd compare: no runs; give at least two run folders")
-    check_comparable(everything)
-    groups = labelled if labelled is not None else group(everything)
-    check_arms(groups)
-    if len(groups) < 2:
-        raise UserError(f"only one arm: {', '.join(run.name for run in everything)} differ in nothing but the seed; give runs of another method or setting")
+    groups = _read(runs)
+    everything = [run for arm_runs in groups.values() for run in arm_runs]
     tables = [read_published(name) for name in published]
     patient, unchecked = read_patients(everything, Path(shards) if shards else None)
     axes = common_axes(everything, patient)
@@ -78,6 +71,21 @@ def compare(
     return comparison
 
 
+def _read(runs: Runs) -> dict[str, list[EvaluatedRun]]:
+    """The runs by arm, checked."""
+    given = runs if isinstance(runs, Mapping) else {"": runs}
+    read = {label: [read_run(Path(folder)) for folder in folders] for label, folders in given.items()}
+    everything = [run for arm_runs in read.values() for run in arm_runs]
+    if not everything:
+        raise UserError("mstkd compare: no runs; give at least two run folders")
+    check_comparable(everything)
+    groups = read if isinstance(runs, Mapping) else group(everything)
+    check_arms(groups)
+    if len(groups) < 2:
+        raise UserError(f"only one arm: {', '.join(run.name for run in everything)} differ in nothing but the seed; give runs of another method or setting")
+    return groups
+
+
 def _write(comparison: Comparison, arms: Sequence[Arm]) -> None:
     comparison.out.mkdir(parents=True, exist_ok=True)
     per_patient = {arm.label: mean_known(with_mean(arm.dice, arm.subsets)[:, :, -1], axis=0) for arm in arms}
@@ -88,7 +96,7 @@ def _write(comparison: Comparison, arms: Sequence[Arm]) -> None:
     with open_comparison(first.config, first.folder, comparison.out.name) as tracker:
         tracker.set_tags({"baseline": comparison.baseline, "runs": ", ".join(name for arm in comparison.arms.values() for name in arm.runs)})
         for cell in comparison.cells.values():
-            if cell.subset == "mean":
+            if cell.subset == MEAN:
                 values = {f"dice/{cell.region}/{cell.arm}": cell.dice.value}
                 if cell.difference is not None:
                     values[f"difference/{cell.region}/{cell.arm}"] = cell.difference.value

@@ -38,7 +38,8 @@ def write_tables(comparison: Comparison) -> list[Path]:
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Arms x regions: mean Dice, difference to the baseline with its interval, p; below it what the figures mean."""
     console = console or Console()
-    table = _table(f"Dice % over subsets, against {comparison.baseline}", "Dice", "difference [95 %]", "seed sd", "p, Holm")
+    console.print(f"Dice % over subsets, against {comparison.baseline}", markup=False, highlight=False)
+    table = _table("Dice", "difference [95 %]", "seed sd", "p, Holm")
     tests = {(test.arm, test.region): test for test in comparison.tests}
     for label, arm in comparison.arms.items():
         table.add_section()
@@ -50,7 +51,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
             table.add_row(name, region, percent(cell.dice.value), points(cell.difference), spread, p)
     console.print(table)
     for published in comparison.published:
-        table = _table(f"{published.name}, as printed: conventions differ", "Dice", "HD95")
+        console.print(f"{published.name}, as printed: conventions differ", markup=False, highlight=False)
+        table = _table("Dice", "HD95")
         for method, rows in published.rows.items():
             table.add_section()
             for region, row in rows.items():
@@ -61,8 +63,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         console.print(f"{key}: {text}", style="dim", highlight=False, markup=False)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("arm", overflow="fold")
     table.add_column("region")
     for column in columns:
