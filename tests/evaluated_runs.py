@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from mstkd.config import EvaluateConfig, RunConfig, resolved
+from mstkd import attempts
+from mstkd.config import RunConfig, resolved
 from mstkd.evaluate.cases import Row
 from mstkd.evaluate.scoring import Score, conventions
 from mstkd.evaluate.summary import summarise, write_json, write_rows
-from mstkd.run_folder import record_attempt
+from mstkd.run_folder import data_facts
 from mstkd.subsets import all_subsets, subset_name
 
 SEQUENCES, REGIONS = ("flair", "t1", "t1ce", "t2"), ("WT", "TC", "ET")
@@ -55,11 +56,12 @@ def write_run(
     })  # fmt: skip
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved(config)))
-    record_attempt(config, world_size=2)
+    attempts.begin(config.run_dir, world_size=2, job=None)
+    (config.run_dir / "record.json").write_text(json.dumps({"seed": seed, "data": data_facts(config)}))
     subjects = subjects or json.loads((shards / "splits.json").read_text())["test"]
     rows = []
-    for network in ("student", "teacher"):
-        for subject in subjects:
+    for subject in subjects:
+        for network in ("student", "teacher"):
             for subset in subsets:
                 for region in REGIONS if lacks.get(subject, "-") not in subset.split("+") else ():
                     value = 0.0 if network == "teacher" else float(np.clip(dice(subject, subset, region), 0, 1))

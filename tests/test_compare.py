@@ -5,7 +5,6 @@ import io
 import json
 import re
 import struct
-import subprocess
 import sys
 
 import matplotlib.image
@@ -24,6 +23,7 @@ from mstkd.compare.run import compare
 from mstkd.compare.tables import print_comparison
 from mstkd.errors import UserError
 from mstkd.evaluate.run import evaluate_run
+from mstkd.launch.cli import main
 
 PATIENTS = {f"scan{n}": f"P{n}" for n in range(8)}
 
@@ -342,6 +342,9 @@ def test_costs_are_read_from_the_run_folder(shards, tmp_path):
 def test_really_evaluated_runs_can_be_compared(tmp_path):
     real = make_run(tmp_path)
     other = write_real_run(tmp_path, "other", {"name": "toys.co_trained"})
+    for run in (real, other):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"evaluate": {"networks": ["student"]}}))
     summaries = [evaluate_run(run) for run in (real, other)]
     found = compare([real, other], tmp_path / "out")
     for label, summary in zip(("toys.linear", "toys.co_trained"), summaries):
@@ -352,15 +355,21 @@ def test_really_evaluated_runs_can_be_compared(tmp_path):
     assert "overlap" not in found.facts and "fewer than 6" in found.tests[0].says
 
 
-def test_the_command_writes_beside_the_runs_and_ends_with_2_on_bad_input(shards):
+def test_the_command_writes_beside_the_runs_and_ends_with_2_on_bad_input(shards, capsys, monkeypatch):
     runs = write_arms(shards, seeds=(0,))
-    command = [sys.executable, "-c", "from mstkd.launch.cli import main; main()", "compare", *map(str, runs)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "mean_teacher" in done.stdout, done.stderr
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["mstkd", "compare", *map(str, runs), *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code or 0, capsys.readouterr()
+
+    code, said = command()
     out = shards.parent / "runs" / "compare-mean_teacher-against-kd"
-    assert f"report: {out / 'compare.html'}" in done.stdout and {"compare.html", "compare.csv", "primary.csv"} <= {p.name for p in out.iterdir()}
-    done = subprocess.run([*command, "--baseline", "nobody"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --baseline nobody") and done.stderr.count("\n") == 1
+    assert code == 0 and "mean_teacher" in said.out and f"report: {out / 'compare.html'}" in said.out.replace("\n", "")
+    assert {"compare.html", "compare.csv", "primary.csv", "box_plots.png"} <= {path.name for path in out.iterdir()}
+    code, said = command("--baseline", "nobody")
+    assert code == 2 and said.err.startswith("error: --baseline nobody") and said.err.count("\n") == 1
 
 
 def test_a_tracked_comparison_lies_beside_its_first_run(shards, tmp_path):
