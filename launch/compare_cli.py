@@ -8,7 +8,9 @@ import typer
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, evaluated; those that differ only in seed form one arm.")],
-    baseline: Annotated[str | None, typer.Option(metavar="RUN-OR-ARM", help="What the others are compared with. Default: the first run's arm.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="RUN-OR-ARM", help="What the others are compared with. Default: the first run's arm.")
+    ] = None,
     primary: Annotated[
         str | None, typer.Option(metavar="RUN-OR-ARM", help="With several arms: the one whose tests were fixed before looking. Default: each.")
     ] = None,

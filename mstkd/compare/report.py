@@ -13,7 +13,8 @@ from mstkd.compare.result import MEAN, Comparison
 def write_report(path: Path, comparison: Comparison, drawn: dict[str, Path]) -> None:
     """One self-contained HTML file without subjects, patients or paths."""
     environment = Environment(loader=PackageLoader("mstkd.compare", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {name: getattr(tables, name) for name in ("percent", "points", "signed", "span", "signed_span", "p_text", "printed", "family")}
+    shown = ("percent", "points", "signed", "span", "signed_span", "p_text", "printed", "family")
+    environment.filters |= {name: getattr(tables, name) for name in shown}
     environment.filters["count"] = lambda value: "" if value is None else f"{value:,}"
     environment.filters["number"] = lambda value: "" if value is None or value != value else f"{value:.1f}"
     environment.filters["sequences"] = lambda subset: frozenset(subset.split("+"))

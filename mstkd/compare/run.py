@@ -82,7 +82,8 @@ def _read(runs: Runs) -> dict[str, list[EvaluatedRun]]:
     groups = read if isinstance(runs, Mapping) else group(everything)
     check_arms(groups)
     if len(groups) < 2:
-        raise UserError(f"only one arm: {', '.join(run.name for run in everything)} differ in nothing but the seed; give runs of another method or setting")
+        names = ", ".join(run.name for run in everything)
+        raise UserError(f"only one arm: {names} differ in nothing but the seed; give runs of another method or setting")
     return groups
 
 
@@ -132,10 +133,10 @@ def _facts(arms: Sequence[Arm], base: Arm, fixed: str | None, axes: Axes, unchec
         "both arms, and each arm's seeds; few seeds understate what another training would change",
         "primary tests": f"mean-over-subsets Dice of {family} against {base.label} in {regions}: paired two-sided Wilcoxon signed-rank tests "
         f"(zeros split), Holm over the {len(axes.regions)} regions of an arm",
-        "exploratory": "p values of single subsets" + (f", and all tests of other arms than {fixed}" if fixed and len(others) > 1 else "") + "; unadjusted",
+        "exploratory": "p values of single subsets, unadjusted" + f"; all tests of other arms than {fixed}" * bool(fixed and len(others) > 1),
     }
     if fixed is None and len(others) > 1:
-        facts["several arms"] = f"{len(others)} arms share one baseline; Holm does not reach across arms (--primary names the one fixed before looking)"
+        facts["several arms"] = f"{len(others)} share one baseline; Holm does not reach across arms (--primary names the one fixed before looking)"
     if single := [arm.label for arm in arms if len(arm.seeds) == 1]:
         facts["seeds"] = f"1 seed: seed spread unknown, and not in the intervals, for {', '.join(single)}"
     for arm in others:

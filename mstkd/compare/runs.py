@@ -114,7 +114,8 @@ def _check_cases(first: EvaluatedRun, run: EvaluatedRun, subset: str) -> None:
             "compare runs that were evaluated on the same data"
         )
     if run.regions != first.regions:
-        raise UserError(f"{run.folder} has regions {', '.join(run.regions)} and {first.folder} {', '.join(first.regions)}; compare runs on one label scheme")
+        ours, theirs = ", ".join(first.regions), ", ".join(run.regions)
+        raise UserError(f"{run.folder} has regions {theirs} and {first.folder} {ours}; compare runs on one label scheme")
 
 
 def _read_scores(path: Path, folder: Path) -> tuple[str, dict[str, dict[str, dict[str, CaseScore]]]]:
@@ -142,4 +143,6 @@ def _check_agreement(folder: Path, scores: dict[str, dict[str, dict[str, CaseSco
         for region, cell in regions.items():
             cases = [case[region].dice for case in scores.get(subset, {}).values() if region in case]
             if len(cases) != cell["n"] or not np.isclose(np.mean(cases), cell["dice"], rtol=0, atol=1e-9):
-                raise UserError(f"{folder}/evaluation: per_case.csv and summary.json disagree on {subset}, {region}; run `mstkd evaluate {folder}` again")
+                raise UserError(
+                    f"{folder}/evaluation: per_case.csv and summary.json disagree on {subset}, {region}; run `mstkd evaluate {folder}` again"
+                )

@@ -15,7 +15,7 @@ REPLICATES = 10_000
 LEVEL = 95.0  # per cent, of every interval
 FEWEST_PATIENTS = 6  # with 5 the smallest two-sided p of the signed-rank test is 0.0625
 EXACT_LIMIT, PERMUTATION_LIMIT = 50, 13  # patients; where SciPy's "auto" leaves the exact distribution, and the permutations, behind
-DECIMALS = 12  # of a difference: below it, rounding in the mean over seeds breaks ties and makes zeros look like signs
+DECIMALS = 12  # of a difference: further ones are rounding in the mean over seeds, which breaks ties and gives zeros a sign
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Replicates:
     def means(self, scores: NDArray[np.float64], stream: int) -> NDArray[np.float64]:
         """(B, ...) means of scores (S, P, ...) over patients and seeds, both drawn with replacement.
 
-        Arms that are subtracted need different streams (from 1): their trainings are independent. The seeds are drawn once per replicate, for all patients together: another training shifts every patient's
-        score at once. (Drawn anew for each patient, that shift would average out.)
+        Arms that are subtracted need different streams (from 1): their trainings are independent. The seeds are drawn once
+        per replicate, for all patients together: another training shifts every patient's score at once. (Drawn anew for
+        each patient, that shift would average out.)
         """
         seeds, patients, *rest = scores.shape
         flat = scores.reshape(seeds, patients, -1)
