@@ -107,7 +107,7 @@ def printed(figures: Figures | None) -> str:
     """A published cell as the paper prints it: Dice % / HD95."""
     if figures is None:
         return ""
-    return f"{figures.dice_percent:g}" + ("" if isnan(figures.hd95) else f" / {figures.hd95:g}")
+    return " / ".join(str(value) for value in (figures.dice_percent, figures.hd95) if not isnan(value))
 
 
 def _parts(estimate: Estimate | None) -> Sequence[float | None]:
