@@ -14,6 +14,7 @@ from rich.table import Table
 from mstkd.config import load_config
 from mstkd.errors import TrainingError, UserError
 from mstkd.launch.bench_cli import bench
+from mstkd.launch.compare_cli import compare
 from mstkd.launch.mlflow_cli import mlflow
 from mstkd.launch.plan_cli import plan
 from mstkd.launch.shards_cli import print_table, shards
@@ -147,6 +148,9 @@ def predict(
 
     written = predict_folder(run, input, output, spec)
     typer.echo(f"wrote {len(written)} label maps to {output}")
+
+
+app.command()(compare)
 
 
 @app.command()

@@ -73,7 +73,7 @@ def read_run_config(folder: Path) -> RunConfig:
 
 def check_same(before: RunConfig, now: RunConfig) -> None:
     """Raise UserError naming the first key whose change would make the resumed run another run."""
-    old, new = dict(_leaves(resolved(before))), dict(_leaves(resolved(now)))
+    old, new = dict(leaves(resolved(before))), dict(leaves(resolved(now)))
     for key in sorted({*old, *new}):
         if any(fnmatch(key, free) or fnmatch(key, free + ".*") for free in FREE) or old.get(key) == new.get(key):
             continue
@@ -162,11 +162,12 @@ def git_state() -> dict[str, str] | None:
     return {"commit": (git("rev-parse", "HEAD") or "").strip(), "diff": git("diff", "HEAD") or ""}
 
 
-def _leaves(values, prefix: str = ""):
+def leaves(values, prefix: str = ""):
+    """(dotted key, value) of everything in nested plain data; lists of mappings count by position."""
     if isinstance(values, list) and any(isinstance(value, dict) for value in values):
         values = dict(enumerate(values))
     if isinstance(values, dict) and values:
         for key, value in values.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, values

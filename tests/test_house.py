@@ -203,6 +203,8 @@ def test_the_wheel_holds_every_module(wheel):
         ("slurm/clusters/*.yaml", "mstkd/slurm/clusters"),
         ("slurm/devcluster/*", "mstkd/slurm/devcluster"),
         ("mstkd/py.typed", "mstkd"),
+        ("mstkd/compare/*.html.j2", "mstkd/compare"),
+        ("mstkd/compare/*.yaml", "mstkd/compare"),
         ("mstkd/evaluate/*.html.j2", "mstkd/evaluate"),
     ],
 )

@@ -6,7 +6,7 @@ from mstkd.config import RunConfig
 from mstkd.track.jsonl import JsonlTracker
 from mstkd.track.protocol import CompositeTracker, NullTracker, Status, Tracker
 
-__all__ = ["CompositeTracker", "NullTracker", "Status", "Tracker", "open_evaluation", "open_trackers"]
+__all__ = ["CompositeTracker", "NullTracker", "Status", "Tracker", "open_comparison", "open_evaluation", "open_trackers"]
 
 
 def open_trackers(
@@ -29,3 +29,12 @@ def open_evaluation(config: RunConfig, run_dir: Path, name: str) -> Tracker:
     from mstkd.track.mlflow_tracker import open_evaluation as open_child
 
     return open_child(config, run_dir, name)
+
+
+def open_comparison(config: RunConfig, run_dir: Path, name: str) -> Tracker:
+    """Where a comparison's figures go: a new run `name` in the experiment of a tracked run; else one that keeps nothing."""
+    if not (run_dir / "mlflow.json").is_file():
+        return Tracker()
+    from mstkd.track.mlflow_tracker import open_comparison as open_run
+
+    return open_run(config, run_dir, name)

@@ -257,8 +257,8 @@ def open_mlflow(config: RunConfig, run_dir: Path, dataset: dict[str, str]) -> li
     return [run]
 
 
-class EvaluationRun(MlflowTracker):
-    """The evaluation's child run, opened after training: the parent's status stays what it was."""
+class LaterRun(MlflowTracker):
+    """A run opened after training, for an evaluation or a comparison: the training run's status stays what it was."""
 
     def finish(self, status: Status) -> None:
         super().finish(status)
@@ -267,14 +267,23 @@ class EvaluationRun(MlflowTracker):
 
 def open_evaluation(config: RunConfig, run_dir: Path, name: str) -> Tracker:
     """The child run `name` of a tracked training run; one that keeps nothing if there is none or MLflow cannot be used."""
+    return _open_later(config, run_dir, lambda session: session.child(session.ids.run_id, name)[0])
+
+
+def open_comparison(config: RunConfig, run_dir: Path, name: str) -> Tracker:
+    """A new run `name` beside a tracked training run, in its experiment; as `open_evaluation` otherwise."""
+    return _open_later(config, run_dir, lambda session: session.new_run(name, {}))
+
+
+def _open_later(config: RunConfig, run_dir: Path, find: Callable[[Session], str]) -> Tracker:
+    """The run whose id `find` gives; one that keeps nothing if training was not tracked or MLflow cannot be used."""
     writer = Writer()
 
-    def start() -> EvaluationRun | None:
+    def start() -> LaterRun | None:
         session = Session(config.model_copy(update={"runs_dir": str(run_dir.parent)}), run_dir)
         if session.ids.run_id is None or not session.exists(session.ids.run_id):
             return None
-        run_id, _ = session.child(session.ids.run_id, name)
-        return EvaluationRun(session, writer, run_id, replays=False)
+        return LaterRun(session, writer, find(session), replays=False)
 
     run = writer.now(start)
     if run is None:

@@ -1,0 +1,190 @@
+"""An arm: the runs of one recipe that differ only in seed, and for a method trained per subset also in that subset."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mstkd.compare.runs import EvaluatedRun
+from mstkd.compare.statistics import mean_known
+from mstkd.config import resolved
+from mstkd.errors import UserError
+from mstkd.run_folder import FREE, leaves
+from mstkd.subsets import all_subsets, subset_name
+
+OWN_SUBSET = "method.subset"  # of a method with one run per subset
+# What does not make another arm: the seed, names, and what may change within one run. Another way of predicting does.
+IGNORED = ({*FREE} | {"name", "seed"}) - {"inference", "teacher.path"}
+PATHS = ("teacher.path", "init_from")
+LABEL_KEYS = 2  # more differing keys than that: the run's own name is the shorter label
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that are compared as one method. Scores (S seeds, P patients, U subsets, R regions), NaN where there is none."""
+
+    label: str
+    runs: tuple[EvaluatedRun, ...]
+    seeds: tuple[int, ...]
+    settings: dict[str, Any]  # where the arms differ
+    subsets: tuple[bool, ...]  # per subset of the comparison: whether every seed has it
+    dice: NDArray[np.float64]  # 0..1
+    hd95_mm: NDArray[np.float64]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the evaluations of its runs want known, each once."""
+        return list(dict.fromkeys(f"{key}: {text}" for run in self.runs for key, text in run.notes.items()))
+
+    @property
+    def oracle(self) -> bool:
+        return any(run.oracle for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the arms' arrays are laid out by."""
+
+    patient: Mapping[str, str]  # subject -> patient
+    subsets: tuple[str, ...]
+    regions: tuple[str, ...]
+
+    @property
+    def patients(self) -> list[str]:
+        return sorted({*self.patient.values()})
+
+
+def group(runs: Sequence[EvaluatedRun]) -> dict[str, list[EvaluatedRun]]:
+    """The runs by arm, in the order given, under labels made of what tells the arms apart."""
+    arms: dict[str, list[EvaluatedRun]] = {}
+    for run in runs:
+        arms.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
+    return dict(zip(_labels(list(arms.values())), arms.values(), strict=True))
+
+
+def check_arms(arms: Mapping[str, Sequence[EvaluatedRun]]) -> None:
+    """Raise UserError where runs that are called one arm differ in more than seed and subset, or would count twice."""
+    for label, runs in arms.items():
+        if not runs:
+            raise UserError(f"arm {label}: no runs")
+        first = _settings(runs[0])
+        taken: dict[tuple[int, str], EvaluatedRun] = {}
+        for run in runs:
+            settings = _settings(run)
+            for key in sorted({*first} | {*settings}):
+                if first.get(key) != settings.get(key):
+                    raise UserError(f"arm {label}: {run.folder} and {runs[0].folder} differ in {key}; an arm's runs differ only in seed")
+            for subset in run.scores:
+                other = taken.setdefault((run.config.seed, subset), run)
+                if other is not run:
+                    raise UserError(f"{run.folder} and {other.folder} have the same settings and seed {run.config.seed}; give one of them")
+
+
+def common_axes(runs: Sequence[EvaluatedRun], patient: Mapping[str, str]) -> Axes:
+    """Subsets in the data set's usual order, regions as scored."""
+    sequences = runs[0].data["sequences"]
+    found = {subset for run in runs for subset in run.scores}
+    usual = [subset_name(sequences, subset) for subset in all_subsets(sequences)]
+    return Axes(patient, (*(name for name in usual if name in found), *sorted(found - {*usual})), tuple(runs[0].regions))
+
+
+def build_arms(groups: Mapping[str, Sequence[EvaluatedRun]], axes: Axes) -> list[Arm]:
+    """The arms with their scores, scans of a patient averaged. A subset that some seed lacks is left out of its arm."""
+    settings = {label: _settings(runs[0]) for label, runs in groups.items()}
+    differing = _differing(list(settings.values()))
+    arms = []
+    for label, runs in groups.items():
+        by_seed = defaultdict(list)
+        for run in runs:
+            by_seed[run.config.seed].append(run)
+        seeds = tuple(sorted(by_seed))
+        dice, hd95_mm = (np.stack([_patient_means(by_seed[seed], axes, figure) for seed in seeds]) for figure in ("dice", "hd95_mm"))
+        has = np.isfinite(dice).any(axis=(1, 3)).all(axis=0)
+        dice[:, :, ~has], hd95_mm[:, :, ~has] = np.nan, np.nan
+        own = {key: settings[label].get(key) for key in differing}
+        arms.append(Arm(label, tuple(runs), seeds, own, tuple(has.tolist()), dice, hd95_mm))
+    return arms
+
+
+def choose(arms: Sequence[Arm], wanted: str | None, option: str) -> Arm:
+    """The arm called `wanted`, or the one that holds the run of that folder or name. Raises UserError naming the arms."""
+    for arm in arms:
+        if wanted == arm.label:
+            return arm
+    for arm in arms:
+        if any(PurePath(wanted) == PurePath(run.folder) or wanted == run.name for run in arm.runs):
+            return arm
+    raise UserError(f"{option} {wanted}: neither an arm nor a run that was given; arms: {', '.join(arm.label for arm in arms)}")
+
+
+def _patient_means(runs: Sequence[EvaluatedRun], axes: Axes, figure: str) -> NDArray[np.float64]:
+    """(P, U, R): means over the scans of a patient."""
+    patients, scans = axes.patients, sorted(axes.patient)
+    values = np.full((len(scans), len(axes.subsets), len(axes.regions)), np.nan)
+    row = {subject: number for number, subject in enumerate(scans)}
+    for run in runs:
+        for subset, cases in run.scores.items():
+            column = axes.subsets.index(subset)
+            for subject, regions in cases.items():
+                values[row[subject], column] = [getattr(regions[region], figure) for region in axes.regions]
+    owner = np.array([axes.patient[subject] for subject in scans])
+    return np.stack([mean_known(values[owner == patient], axis=0) for patient in patients])
+
+
+def _settings(run: EvaluatedRun) -> dict[str, Any]:
+    """What makes a run's recipe, by dotted key: without seed, names, places and what changes no update."""
+    values = dict(leaves(resolved(run.config)))
+    kept = {key: value for key, value in values.items() if not any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in IGNORED)}
+    for key in PATHS:
+        if kept.get(key):  # each seed may have a teacher of its own
+            kept[key] = without_seed(PurePath(kept[key]).name, run.config.seed)
+    if [*run.scores] == [kept.get(OWN_SUBSET)]:
+        del kept[OWN_SUBSET]
+    return kept | {"data.set": f"{'+'.join(run.data['names'])} {run.data['digest'][:8]}"}
+
+
+def without_seed(name: str, seed: int) -> str:
+    """A run's name less what says its seed at the end: "kd-seed1", "kd_s1", "kd-1" -> "kd"."""
+    return re.sub(rf"(?:[-_.](?:seed|s)?[-_.=]?|seed){seed}$", "", name) or name
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for one in settings for key in one)
+    return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
+
+
+def _labels(arms: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
+    """Per arm: the method's name; with what differs from the method's first arm; or the runs' name less their seed."""
+    by_method = defaultdict(list)
+    for number, runs in enumerate(arms):
+        by_method[runs[0].config.method["name"]].append(number)
+    labels = [""] * len(arms)
+    for method, numbers in by_method.items():
+        settings = [_settings(arms[number][0]) for number in numbers]
+        differing = _differing(settings)
+        for number, own in zip(numbers, settings, strict=True):
+            changed = [key for key in differing if own.get(key) != settings[0].get(key)]
+            labels[number] = " ".join([method, *(f"{_short(key, differing)}={_value(own.get(key))}" for key in changed)])
+        names = [{without_seed(run.name, run.config.seed) for run in arms[number]} for number in numbers]
+        telling = all(len(one) == 1 for one in names) and len(set().union(*names)) == len(names)
+        if telling and len(differing) > LABEL_KEYS:
+            for number, (name,) in zip(numbers, names, strict=True):
+                labels[number] = name
+    return labels if len({*labels}) == len(labels) else [f"{label} ({number})" for number, label in enumerate(labels, 1)]
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """The last word of a dotted key, if no other key ends in it."""
+    last = key.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

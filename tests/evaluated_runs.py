@@ -1,0 +1,76 @@
+"""Run folders as training and `mstkd evaluate` leave them, with scores that a test makes up."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from mstkd import attempts
+from mstkd.config import RunConfig, resolved
+from mstkd.evaluate.cases import Row
+from mstkd.evaluate.scoring import Score, conventions
+from mstkd.evaluate.summary import summarise, write_json, write_rows
+from mstkd.run_folder import data_facts
+from mstkd.subsets import all_subsets, subset_name
+
+SEQUENCES, REGIONS = ("flair", "t1", "t1ce", "t2"), ("WT", "TC", "ET")
+SUBSETS = [subset_name(SEQUENCES, subset) for subset in all_subsets(SEQUENCES)]
+TRUTH_VOXELS = 100
+
+
+def write_cohort(folder: Path, patient: Mapping[str, str], train: Sequence[str] = ("train0",), test: Sequence[str] | None = None) -> Path:
+    """A shard set's index and splits: subject -> patient; those not in `train` are the test split. There are no tars to read."""
+    folder.mkdir(parents=True)
+    subjects = [
+        {"subject": key, "patient": owner, "sequences": SEQUENCES, "members": {}, "fingerprint": {}} for key, owner in ({"train0": "T0"} | patient).items()
+    ]
+    tar = {"file": "made-000000.tar", "bytes": 10240, "sha256": "0" * 64, "subjects": subjects}
+    index = {"version": 1, "dataset": "made", "spec_sha256": "0" * 64, "sequences": SEQUENCES, "label_scheme": "brats2018", "shards": [tar]}
+    (folder / "index.json").write_text(json.dumps(index))
+    splits = {"version": 1, "folds": [{"train": list(train), "val": []}], "test": [key for key in patient if key not in train]}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    return folder
+
+
+def write_run(
+    shards: Path,
+    name: str,
+    dice: Callable[[str, str, str], float],
+    *,
+    seed: int = 0,
+    method: dict | None = None,
+    subjects: Sequence[str] | None = None,
+    subsets: Sequence[str] = SUBSETS,
+    lacks: Mapping[str, str] = {},
+    truth_voxels: int = TRUTH_VOXELS,
+    notes: dict[str, str] | None = None,
+    oracle: bool = False,
+    **sections,
+) -> Path:
+    """<beside shards>/runs/<name>, evaluated: `dice(subject, subset, region)`; HD95 is 10 (1 - Dice) mm. `lacks`: subject -> sequence."""
+    config = RunConfig.model_validate({
+        "name": name, "seed": seed, "runs_dir": str(shards.parent / "runs"), "method": method or {"name": "kd"},
+        "data": {"shards": str(shards), "crop": (8, 8, 8)}, "train": {"global_batch": 1, "steps": 1}, **sections,
+    })  # fmt: skip
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved(config)))
+    attempts.begin(config.run_dir, world_size=2, job=None)
+    (config.run_dir / "record.json").write_text(json.dumps({"seed": seed, "data": data_facts(config)}))
+    subjects = subjects or json.loads((shards / "splits.json").read_text())["test"]
+    rows = []
+    for subject in subjects:
+        for network in ("student", "teacher"):
+            for subset in subsets:
+                for region in REGIONS if lacks.get(subject, "-") not in subset.split("+") else ():
+                    value = 0.0 if network == "teacher" else float(np.clip(dice(subject, subset, region), 0, 1))
+                    rows.append(Row(network, subject, subset, region, Score(value, truth_voxels, 90, 10 * (1 - value))))
+    folder = config.run_dir / "evaluation"
+    folder.mkdir()
+    write_rows(folder / "per_case.csv", rows)
+    texts = conventions(config.evaluate) | (notes or {})
+    student = [row for row in rows if row.network == "student"]
+    summary = summarise(student, SEQUENCES, config.method["name"], "test", 0, texts)
+    write_json(folder / "summary.json", summary | ({"oracle": True} if oracle else {}))
+    return config.run_dir
