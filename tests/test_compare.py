@@ -330,10 +330,12 @@ def test_costs_are_read_from_the_run_folder(shards, tmp_path):
     shapes = {"student.conv.weight": [4, 3, 2], "student.conv.running_mean": [4], "teacher.weight": [10], "student.scale": []}
     header = json.dumps({name: {"dtype": "F32", "shape": shape} for name, shape in shapes.items()} | {"__metadata__": {}}).encode()
     (best / "both.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    cost = {"seconds_per_case": 0.25, "predictions": 30, "device": "cpu"}
+    (run / "evaluation" / "cost.json").write_text(json.dumps({"student": cost}))
     assert parameter_counts(run) == {"student": 25, "teacher": 10} and training_hours(run) == 1.5
     found = compare([run, other], tmp_path / "out").arms
-    assert found["kd"].costs == Costs(scored_parameters=25, trained_parameters=35, hours=1.5, ranks=(2,))
-    assert found["x"].costs == Costs(scored_parameters=None, trained_parameters=None, hours=None, ranks=(2,))
+    assert found["kd"].costs == Costs(scored_parameters=25, trained_parameters=35, hours=1.5, ranks=(2,), seconds_per_case=0.25, devices=("cpu",))
+    assert found["x"].costs == Costs(scored_parameters=None, trained_parameters=None, hours=None, ranks=(2,), seconds_per_case=None, devices=())
 
 
 # with real evaluations, the command, MLflow

@@ -158,6 +158,13 @@ def test_evaluation_leaves_no_trace_in_the_networks(shards):
     assert method.networks["student"].training and not method.networks["teacher"].training
 
 
+def test_what_a_prediction_takes_is_noted(evaluated, shards):
+    cases = len(read_splits(shards).test)
+    for network in ("student", "teacher"):
+        cost = read(evaluated / "cost.json")[network]
+        assert cost["predictions"] == 15 * cases and cost["seconds_per_case"] > 0 and cost["device"] in ("cpu", "cuda")
+
+
 def test_baseline_is_the_dice_of_the_whole_brain(evaluated, shards):
     _, source = method_and_source(shards)
     subjects = source.subjects("test")

@@ -22,18 +22,23 @@ class Costs:
     trained_parameters: int | None  # of every network whose best weights the run holds; a teacher from elsewhere is not in it
     hours: float | None  # wall time of training with its validations, mean over seeds
     ranks: tuple[int, ...]  # that it ran on
+    seconds_per_case: float | None  # one whole-volume prediction of the scored network from one subset, mean over runs
+    devices: tuple[str, ...]  # that these were made on
 
 
 def costs(arm: Arm) -> Costs:
     """The costs of an arm; parameters as in its first run."""
     counts = parameter_counts(arm.runs[0].folder)
     hours = [training_hours(run.folder) for run in arm.runs]
+    timed = [cost for run in arm.runs if (cost := prediction_cost(run.folder, run.network))]
     ranks = {attempt.world_size for run in arm.runs for attempt in attempts.read(run.folder)}
     return Costs(
         scored_parameters=counts.get(arm.runs[0].network),
         trained_parameters=sum(counts.values()) or None,
         hours=sum(hours) / len(arm.seeds) if None not in hours else None,
         ranks=tuple(sorted(ranks)),
+        seconds_per_case=sum(cost["seconds_per_case"] for cost in timed) / len(timed) if len(timed) == len(arm.runs) else None,
+        devices=tuple(sorted({cost["device"] for cost in timed})),
     )
 
 
@@ -57,6 +62,12 @@ def training_hours(run_dir: Path) -> float | None:
     started = {attempt.number: datetime.fromisoformat(attempt.started).timestamp() for attempt in attempts.read(run_dir)}
     spans = [last[number] - start for number, start in started.items() if number in last]
     return sum(max(span, 0.0) for span in spans) / 3600 if spans else None
+
+
+def prediction_cost(run_dir: Path, network: str) -> dict | None:
+    """What the evaluation noted of this network's predictions; None if it noted nothing."""
+    path = Path(run_dir) / "evaluation" / "cost.json"
+    return json.loads(path.read_text()).get(network) if path.is_file() else None
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

@@ -1,5 +1,6 @@
 """Whole-volume prediction by sliding window."""
 
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ class Predictor:
         self.method, self.sequences, self.inference, self.device = method, tuple(sequences), inference, device
         self.window = tuple(inference.window or crop)
         self.intensity = Intensity(method.intensity)
+        self.seconds: dict[str, list[float]] = {}  # by network, of each whole-volume prediction
 
     def volume(self, image: NDArray, brain: NDArray, meta: SubjectMeta) -> Volume:
         """The case of stored image (M, X, Y, Z), z-scored, and brain (X, Y, Z)."""
@@ -98,7 +100,12 @@ class Predictor:
         available = torch.tensor([subset], device=self.device)
         # where, not multiplication: NaN in a hidden voxel must not reach the network
         visible = torch.where(available[:, :, None, None, None], volume.image, self.intensity.hidden_value)
-        return predict_logits(self.method, network, visible, available, self.window, self.inference)[..., *volume.inner]
+        began = time.perf_counter()
+        logits = predict_logits(self.method, network, visible, available, self.window, self.inference)[..., *volume.inner]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds.setdefault(network, []).append(time.perf_counter() - began)
+        return logits
 
     def _decide(self, logits: Tensor) -> NDArray[np.uint8]:
         return self.method.to_labels(logits)[0].to("cpu", torch.uint8).numpy()

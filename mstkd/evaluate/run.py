@@ -20,6 +20,7 @@ from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row, references, score_labels, score_subjects, whole_brain_baseline
+from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.metrics import bounding_box
 from mstkd.evaluate.overlap import refuse, training_overlap
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_figures, write_report
@@ -74,6 +75,7 @@ def evaluate_run(
         folder = _folder(run, source, split)
         folder.mkdir(parents=True, exist_ok=True)
         _write_scores(folder, rows, summaries)
+        write_json(folder / "cost.json", _cost(predictor))
         facts = _facts(run, source, split, subjects, _write_baseline(folder, source, subjects))
         complete = set(source.complete(subjects))
         chosen = best_median_worst([row for row in rows if row.network == networks[0] and row.subject in complete])
@@ -220,6 +222,14 @@ def _write_scores(folder: Path, rows: Sequence[Row], summaries: dict[str, dict[s
     write_rows(folder / "per_case.csv", rows)
     for number, (network, summary) in enumerate(summaries.items()):
         write_json(folder / (f"summary_{network}.json" if number else "summary.json"), summary)
+
+
+def _cost(predictor: Predictor) -> dict[str, Any]:
+    """By network: how long one case took from one subset, on this rank."""
+    return {
+        network: {"seconds_per_case": float(np.mean(seconds)), "predictions": len(seconds), "device": predictor.device.type}
+        for network, seconds in predictor.seconds.items()
+    }
 
 
 def _write_baseline(folder: Path, source: CaseSource, subjects: Sequence[str]) -> dict[str, Any] | None:
