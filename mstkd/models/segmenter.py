@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from monai.networks.blocks import Convolution, ResidualUnit, UnetBasicBlock, UnetResBlock, UnetUpBlock
+from monai.networks.blocks.segresnet_block import ResBlock
 from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
+from monai.networks.nets.swin_unetr import SwinTransformerBlock
 from torch import Tensor, nn
 
-from mstkd.models.mst_kdnet import STRIDE, MSTKDNetwork
+from mstkd.models.mst_kdnet import STRIDE, MSTKDNetwork, ResidualBlock, Up
+from mstkd.models.transformer_unet import Decoder, Layer
 
 Axes = tuple[int, int, int]
 
@@ -144,3 +148,8 @@ ARCHITECTURES = {
         _monai(SwinUNETR, spatial_dims=3), lambda arguments: (arguments.get("patch_size", 2) ** 5,) * 3, lambda net: ("encoder10", "decoder1")
     ),
 }
+
+# what `train.recompute` runs again: no smaller than a residual unit, so that little is kept between them
+BLOCKS = (
+    ResidualBlock, Up, Layer, Decoder, ResBlock, ResidualUnit, Convolution, UnetBasicBlock, UnetResBlock, UnetUpBlock, SwinTransformerBlock,
+)  # fmt: skip
