@@ -177,9 +177,10 @@ def methods() -> None:
     from mstkd.method_list import entries
 
     listed = entries()
-    table = Table(Column("method", no_wrap=True), "task", "stages", "paper", Column("parameters", justify="right", no_wrap=True), Column("what is reproduced", min_width=25))
+    parameters = Column("parameters\n(reported)", justify="right", no_wrap=True)
+    table = Table(Column("method", no_wrap=True), "task", Column("stages", no_wrap=True), Column("paper", max_width=16), parameters, "what is reproduced")
     for entry in listed:
-        table.add_row(entry.name, entry.task, ", ".join(entry.stages), entry.paper, _parameters(entry), entry.reproduces)
+        table.add_row(entry.name, entry.task, "\n".join(entry.stages), entry.paper, _parameters(entry), entry.reproduces)
     print_table(table)
     for entry in listed:
         if entry.problem:
@@ -215,7 +216,7 @@ def _parameters(entry: Any) -> str:
     if entry.parameters is None:
         return "-"
     whole, student = (f"{count / 1e6:.2f} M" for count in (entry.parameters, entry.student or entry.parameters))
-    return whole if whole == student else f"{whole}\nof it {student}"
+    return whole if whole == student else f"{whole}\n({student})"
 
 
 def _fail(message: str) -> None:
