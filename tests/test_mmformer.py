@@ -172,9 +172,9 @@ def test_a_few_steps_bring_the_loss_down():
     batch = make_batch(method, "train", CROP)
     batch.label = (batch.image[:, 0] > 0.5).to(torch.uint8)
     batch.available[:, 0] = True
-    optimizer = torch.optim.Adam(network_of(method).parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(network_of(method).parameters(), lr=1e-2)
     losses = []
-    for _ in range(15):
+    for _ in range(25):
         optimizer.zero_grad()
         output = terms_of(method, batch)
         output.loss.backward()
