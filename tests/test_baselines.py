@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from small_mst_kdnet import facts, parameters
 
 from mstkd.config import InferenceConfig, load_config
+from mstkd.dry_step import empty_batch, fake_tensors, kept_for_backward
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, Volume, evaluation_mode
 from mstkd.launch.cluster import Cluster
@@ -103,6 +104,15 @@ def test_a_bad_crop_or_a_set_without_labels_is_one_line(name):
     batch.label = None
     with pytest.raises(UserError, match="subject-0: no label"):
         next(iter(method.roles(method.stages[0]).values())).step(batch, {}, START)
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_a_step_asks_no_tensor_for_its_value(name):
+    with fake_tensors():  # then a GPU need not be waited for, and `mstkd plan` can count activations
+        method = small(name)
+        for stage in method.stages:
+            kept = kept_for_backward(method, method.roles(stage), empty_batch(1, 4, crop_of(name), True), "bf16")
+            assert kept.keys() == method.roles(stage).keys() and all(size > 0 for size in kept.values())
 
 
 def test_every_method_is_listed_with_its_source_and_its_size():

@@ -168,8 +168,8 @@ def test_recomputation_changes_nothing():
 
 
 def test_a_few_steps_bring_the_loss_down():
-    method = make(network=NETWORK)
-    batch = make_batch(method, "train", CROP)
+    method = make(network=NETWORK, crop=(32, 16, 16))
+    batch = make_batch(method, "train", (32, 16, 16))
     batch.label = (batch.image[:, 0] > 0.5).to(torch.uint8)
     batch.available[:, 0] = True
     optimizer = torch.optim.Adam(network_of(method).parameters(), lr=1e-2)

@@ -17,6 +17,7 @@ from mstkd.errors import UserError
 from mstkd.losses.dice import soft_dice
 from mstkd.losses.distillation import feature_matching, standardised_kl
 from mstkd.losses.logits import bernoulli_kl
+from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.models.segmenter import Projections, Segmentation, Segmenter, stride
 from mstkd.targets import TumourChannels
@@ -105,7 +106,7 @@ class DistillStep(RoleStep):
     def _transfer(self, full: Segmentation, missing: Segmentation) -> dict[str, Tensor]:
         divergence = bernoulli_kl if self.config.divergence == "regions" else standardised_kl
         features = missing.features if self.projection is None else self.projection(missing.features)
-        with _full_precision(missing.logits):
+        with full_precision(missing.logits):
             terms = {"kl": divergence(full.logits.float(), missing.logits.float(), self.config.tau)}
             if self.config.weights.feature:
                 terms["feature"] = feature_matching(*_alike(full.features, features))
@@ -190,7 +191,7 @@ def encoded(batch: Batch, channels: TumourChannels) -> Tensor:
 
 def fit_terms(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     """How far logits (B, K, X, Y, Z) are from the targets in {0, 1}; Dice is the mean over the channels."""
-    with _full_precision(logits):
+    with full_precision(logits):
         logits = logits.float()
         return {"dice": soft_dice(logits.sigmoid(), target).mean(), "bce": F.binary_cross_entropy_with_logits(logits, target)}
 
@@ -217,10 +218,6 @@ def _alike(full: tuple[Tensor, ...], missing: tuple[Tensor, ...]) -> tuple[list[
 def fit_role(step: RoleStep, networks: tuple[str, ...]) -> Role:
     """The role of these networks with the optimiser that all methods here use."""
     return Role(step, networks, optimizer=OptimizerConfig(name="adamw", lr=3e-4, weight_decay=1e-5), schedule=ScheduleConfig(name="poly"))
-
-
-def _full_precision(like: Tensor) -> torch.autocast:
-    return torch.autocast(like.device.type, enabled=False)
 
 
 METHOD = KD

@@ -10,12 +10,15 @@ Where this differs from the paper, and why:
 - convolutions pad with zeros.
 """
 
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
 from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Section
 from mstkd.errors import UserError
+from mstkd.losses.dice import soft_dice
+from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.methods.kd import FitConfig, FitWeights, encoded, fit_terms, weighted
 from mstkd.models.mmformer import STRIDE, Fusion, Join, Level, MMFormer
@@ -71,8 +74,13 @@ class MMFormerStep(RoleStep):
         return weighted(fit_terms(logits, target), self.weights).loss
 
     def _alone(self, logits: Tensor, target: Tensor, there: Tensor) -> Tensor:
-        """The loss over the samples that have the sequence; without one of them 0, yet with a gradient of 0: ranks stay in step."""
-        return self._fit(logits[there], target[there]) if there.any() else 0.0 * logits.float().sum()
+        """The loss over the samples that have the sequence, (B,) bool; 0 without one, yet with a gradient: ranks stay in step."""
+        given, share = there[:, None, None, None, None], there / there.sum().clamp(min=1)
+        with full_precision(logits):
+            logits = logits.float()
+            dice = soft_dice(logits.sigmoid() * given, target * given).mean() * there.any()
+            bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(1) @ share
+        return self.weights.dice * dice + self.weights.bce * bce
 
 
 class MMFormerMethod(Method):

@@ -26,6 +26,7 @@ from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Secti
 from mstkd.errors import UserError
 from mstkd.losses.dice import soft_dice
 from mstkd.losses.distillation import attention_extremes, consistency, feature_matching, ramp_up, reference_kl, standardised_kl
+from mstkd.losses.precision import full_precision
 from mstkd.losses.style import reference_style_matching, style_matching
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.models.mst_kdnet import STRIDE, Features, MSTKDNetwork, ResidualBlock, Up
@@ -250,11 +251,6 @@ def _bce(logit: Tensor, truth: float) -> Tensor:
 def _float(features: Features) -> Features:
     """The same features in float32: the loss terms span fifteen orders of magnitude."""
     return Features(*(tuple(t.float() for t in f) if isinstance(f, tuple) else f.float() for f in features))
-
-
-def full_precision(like: Tensor) -> torch.autocast:
-    """No autocast for what is computed on the device of `like`."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from mstkd.batch import Batch, Progress, StepOutput
 from mstkd.config import Section
 from mstkd.losses.dice import soft_dice
+from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Role, RoleStep
 from mstkd.methods.kd import encoded
-from mstkd.methods.mst_kdnet import MSTKDNet, TrunkConfig, build_trunk, check_divisible, full_precision, networks_role, student_input
+from mstkd.methods.mst_kdnet import MSTKDNet, TrunkConfig, build_trunk, check_divisible, networks_role, student_input
 from mstkd.targets import TumourChannels
 
 
