@@ -178,7 +178,8 @@ def methods() -> None:
 
     listed = entries()
     parameters = Column("parameters\n(reported)", justify="right", no_wrap=True)
-    table = Table(Column("method", no_wrap=True), "task", Column("stages", no_wrap=True), Column("paper", max_width=16), parameters, "what is reproduced")
+    name, stages = (Column(title, no_wrap=True) for title in ("method", "stages"))
+    table = Table(name, "task", stages, Column("paper", max_width=16), parameters, "what is reproduced")
     for entry in listed:
         table.add_row(entry.name, entry.task, "\n".join(entry.stages), entry.paper, _parameters(entry), entry.reproduces)
     print_table(table)

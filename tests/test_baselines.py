@@ -21,7 +21,9 @@ from mstkd.subsets import all_subsets, possible_subsets, subset_name
 
 SEGMENTATION = [name for name in available_methods() if load(name).task == "segmentation"]
 UNET = {"architecture": "UNet", "arguments": {"channels": [4, 8], "strides": [2], "num_res_units": 1}}
-DYNUNET = {"architecture": "DynUNet", "arguments": {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [4, 8, 8]}}
+DYNUNET = {
+    "architecture": "DynUNet", "arguments": {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [4, 4, 8]},
+}  # fmt: skip
 SEGRESNET = {"architecture": "SegResNet", "arguments": {"init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]}}
 TRUNK = {"architecture": "mst_kdnet", "arguments": {"width": 8, "decoder_width": 2, "embed_dim": 24, "layers": 4, "heads": 3, "mlp_dim": 32}}
 SWIN = {"architecture": "SwinUNETR", "arguments": {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": 2}}
@@ -261,7 +263,8 @@ def test_a_dedicated_run_is_trained_validated_and_scored_on_its_subset_alone(one
 
     words = [
         f"data.shards={phantom_shards}", f"runs_dir={tmp_path}", "name=t1ce", "data.crop=[32,32,32]", f"method.network={json.dumps(UNET)}",
-        "train.steps=4", "train.log_every=1", "train.zero_stage=0", "train.recompute=true", "validate.max_cases=1", "validate.every_steps=4", "inference.overlap=0",
+        "train.steps=4", "train.log_every=1", "train.zero_stage=0", "train.recompute=true", "validate.max_cases=1", "validate.every_steps=4",
+        "inference.overlap=0",
     ]  # fmt: skip
     rows = one_rank.run("teacher_ranks.py", "run", recipe="dedicated_phantom", overrides=words)[0]["train"]
     assert "val/dice_t1ce" in rows[4] and "val/dice_flair" not in rows[4]
@@ -276,7 +279,7 @@ def test_a_full_teacher_is_scored_on_every_subset_with_a_warning(one_rank, phant
     from mstkd.evaluate.run import evaluate_run
     from short_runs import TINY
 
-    words = [*TINY, f"data.shards={phantom_shards}", f"runs_dir={tmp_path}", "name=full", "train.steps=2", "train.zero_stage=0", "validate.subsets=null"]
+    words = [*TINY, f"data.shards={phantom_shards}", f"runs_dir={tmp_path}", "name=full", "train.steps=2", "train.zero_stage=0"]
     rows = one_rank.run("teacher_ranks.py", "run", recipe="teacher_full_phantom", overrides=words)[0]["train"]
     assert "val/dice_flair+t1+t1ce+t2" in rows[2] and "val/dice_flair" not in rows[2]  # the best one is chosen on what it is made for
     summary = evaluate_run(tmp_path / "full")

@@ -81,7 +81,8 @@ MAY_IMPORT = {
         "mstkd.targets", "mstkd.subsets",
     },
     "mstkd.data": {
-        "mstkd.batch", "mstkd.config", "mstkd.errors", "mstkd.shards.spec", "mstkd.shards.members", "mstkd.shards.layout", "mstkd.shards.tar_walk",
+        "mstkd.batch", "mstkd.config", "mstkd.errors", "mstkd.subsets", "mstkd.shards.spec", "mstkd.shards.members", "mstkd.shards.layout",
+        "mstkd.shards.tar_walk",
     },
     "mstkd.track": {"mstkd.config", "mstkd.errors"},
     "mstkd.shards": {"mstkd.errors", "mstkd.config", "mstkd.recipe"},
