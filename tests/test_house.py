@@ -72,12 +72,13 @@ MAY_IMPORT = {
     "mstkd.batch": set(),
     "mstkd.recipe": {"mstkd.errors"},
     "mstkd.config": {"mstkd.errors", "mstkd.recipe"},
+    "mstkd.subsets": {"mstkd.errors"},
     "mstkd.targets": {"mstkd.errors", "mstkd.shards.spec"},
     "mstkd.losses": {"mstkd.models"},
     "mstkd.models": {"mstkd.losses"},
     "mstkd.methods": {
         "mstkd.models", "mstkd.losses", "mstkd.batch", "mstkd.config", "mstkd.recipe", "mstkd.errors", "mstkd.shards.spec", "mstkd.data.intensity",
-        "mstkd.targets",
+        "mstkd.targets", "mstkd.subsets",
     },
     "mstkd.data": {
         "mstkd.batch", "mstkd.config", "mstkd.errors", "mstkd.subsets", "mstkd.shards.spec", "mstkd.shards.members", "mstkd.shards.layout",

@@ -7,7 +7,7 @@ from small_mst_kdnet import NETWORK, START, make, make_batch, on_meta, parameter
 from mstkd.models.convolution import Conv3d, _statistics
 from mstkd.models.mst_kdnet import MSTKDNetwork, ResidualBlock
 from mstkd.models.style_critic import StyleCritic
-from mstkd.models.transformer_unet import Attention, BatchNorm3d
+from mstkd.models.transformer_unet import Attention, BatchNorm3d, on_grid
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +73,8 @@ def test_position_embedding_is_resampled_on_the_token_grid():
     network = MSTKDNetwork(4, 4, crop=(64, 32, 32), **NETWORK).transformer
     with torch.no_grad():
         network.position.copy_(torch.tensor([0.0, 1.0])[None, :, None].expand(1, 2, 24))
-    assert network._position(torch.Size((2, 1, 1))) is network.position
-    resampled = network._position(torch.Size((4, 1, 2))).detach().unflatten(1, (4, 1, 2))[0, :, 0, :, 0]
+    assert on_grid(network.position, network.grid, (2, 1, 1)) is network.position
+    resampled = on_grid(network.position, network.grid, (4, 1, 2)).detach().unflatten(1, (4, 1, 2))[0, :, 0, :, 0]
     torch.testing.assert_close(resampled, torch.tensor([0.0, 0.25, 0.75, 1.0])[:, None].expand(4, 2))  # along X, the same for every Z
 
 

@@ -73,6 +73,8 @@ class Method(ABC):
     scored: ClassVar[tuple[str, ...]] = ("student", "teacher")  # what evaluation reports; the first that a stage trains selects its "best"
     sees_all: ClassVar[tuple[str, ...]] = ()  # those of them made for complete input: validation shows them every sequence
 
+    any_order: ClassVar[bool] = False  # True: networks know sequences by name; listed in another order, the same weights give the same output
+
     paper: ClassVar[str] = ""  # what `mstkd methods` says of its source, e.g. "Wang et al., CVPR 2023"
     reproduces: ClassVar[str] = ""  # and of how near to it this is
 

@@ -17,35 +17,48 @@ from mstkd.errors import UserError
 from mstkd.losses.dice import soft_dice
 from mstkd.losses.distillation import feature_matching, standardised_kl
 from mstkd.losses.logits import bernoulli_kl
+from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.models.segmenter import Projections, Segmentation, Segmenter, stride
 from mstkd.targets import TumourChannels
 
 
-class NetworkConfig(Section):
+class ArchitectureConfig(Section):
     architecture: Literal["mst_kdnet", "SegResNet", "UNet", "DynUNet", "SwinUNETR"] = "SegResNet"
     arguments: dict[str, Any] = {}  # of the network's class, besides input, output and crop; default: its own
+
+
+class NetworkConfig(ArchitectureConfig):
     features: list[str] | None = None  # submodules whose outputs are matched; default: the deepest map and the decoder's last
 
 
-class WeightConfig(Section):
+class FitWeights(Section):
     """Weights of the loss terms, by the names under which the terms are logged (unweighted)."""
 
     dice: float = Field(1.0, ge=0)
     bce: float = Field(1.0, ge=0)
+
+
+class WeightConfig(FitWeights):
     kl: float = Field(1.0, ge=0)
     feature: float = Field(0.1, ge=0)  # 0: no projections are built
 
 
-class DistillConfig(Section):
-    """What every method with these losses has."""
+class FitConfig(Section):
+    """What every method has that learns the labels with these losses."""
+
+    weights: FitWeights = FitWeights()
+    targets: Literal["region", "disjoint"] = "region"
+    rc_channel: bool = False  # resection cavity as a channel of its own instead of background
+    intensity: IntensityConfig = IntensityConfig()
+
+
+class DistillConfig(FitConfig):
+    """What every method has that also learns from a teacher."""
 
     weights: WeightConfig = WeightConfig()
     divergence: Literal["regions", "standardised"] = "regions"  # of the logits: per region, or over z-scored channels (CVPR 2024)
     tau: float = Field(4.0, gt=0)  # temperature of the logits
-    targets: Literal["region", "disjoint"] = "region"
-    rc_channel: bool = False  # resection cavity as a channel of its own instead of background
-    intensity: IntensityConfig = IntensityConfig()
 
 
 class KDConfig(DistillConfig):
@@ -56,13 +69,17 @@ class KDConfig(DistillConfig):
 class FitStep(RoleStep):
     """A network that sees every sequence learns the labels."""
 
-    def __init__(self, network: nn.Module, channels: TumourChannels, weights: WeightConfig):
+    def __init__(self, network: nn.Module, channels: TumourChannels, weights: FitWeights):
         super().__init__()
         self.network, self.channels, self.weights = network, channels, weights
 
     def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
-        terms = fit_terms(self.network(batch.image).logits, encoded(batch, self.channels))
+        terms = fit_terms(self.network(self.seen(batch)).logits, encoded(batch, self.channels))
         return weighted(terms, self.weights)
+
+    def seen(self, batch: Batch) -> Tensor:
+        """What the network is given, (B, M, X, Y, Z)."""
+        return batch.image
 
 
 class DistillStep(RoleStep):
@@ -89,7 +106,7 @@ class DistillStep(RoleStep):
     def _transfer(self, full: Segmentation, missing: Segmentation) -> dict[str, Tensor]:
         divergence = bernoulli_kl if self.config.divergence == "regions" else standardised_kl
         features = missing.features if self.projection is None else self.projection(missing.features)
-        with _full_precision(missing.logits):
+        with full_precision(missing.logits):
             terms = {"kl": divergence(full.logits.float(), missing.logits.float(), self.config.tau)}
             if self.config.weights.feature:
                 terms["feature"] = feature_matching(*_alike(full.features, features))
@@ -101,6 +118,8 @@ class KD(Method):
     task = "segmentation"
     stages = ("teacher", "student")
     sees_all = ("teacher",)
+    paper = "Hinton et al., 2015; FitNets, ICLR 2015"
+    reproduces = "both ideas, for segmentation; none of their tables"
 
     def __init__(self, config: KDConfig, facts: DataFacts):
         self.config = config
@@ -120,10 +139,10 @@ class KD(Method):
 
     def roles(self, stage: str) -> dict[str, Role]:
         if stage == "teacher":
-            return {"teacher": _role(FitStep(self.networks["teacher"], self.channels, self.config.weights), ("teacher",))}
+            return {"teacher": fit_role(FitStep(self.networks["teacher"], self.channels, self.config.weights), ("teacher",))}
         projection = self.networks.get("projection")
         step = DistillStep(self.networks["student"], projection, self.networks["teacher"], self.channels, self.config)
-        return {"student": _role(step, ("student",) if projection is None else ("student", "projection"))}
+        return {"student": fit_role(step, ("student",) if projection is None else ("student", "projection"))}
 
     def needs(self, stage: str) -> dict[str, str]:
         return {"teacher": "teacher"} if stage == "student" else {}
@@ -135,10 +154,11 @@ class KD(Method):
         return self.channels.decode(logits)
 
 
-def build_network(name: str, config: NetworkConfig, facts: DataFacts, outputs: int) -> Segmenter:
-    """The network of the section `method.<name>`; raises UserError where it cannot be built."""
+def build_network(name: str, config: ArchitectureConfig, facts: DataFacts, outputs: int, inputs: int | None = None) -> Segmenter:
+    """The network of the section `method.<name>`, for all sequences or only so many `inputs`; raises UserError where it cannot be built."""
+    features = config.features if isinstance(config, NetworkConfig) else ()
     try:
-        return Segmenter(config.architecture, len(facts.sequences), outputs, facts.crop, config.arguments, config.features)
+        return Segmenter(config.architecture, inputs or len(facts.sequences), outputs, facts.crop, config.arguments, features)
     except ValueError as error:
         raise UserError(f"method.{name}: {error}; see the class's arguments in mstkd/models/segmenter.py or MONAI") from None
 
@@ -151,7 +171,7 @@ def build_projection(student: Segmenter, teacher: Segmenter) -> Projections:
     return Projections(student.channels, teacher.channels)
 
 
-def check_divisible(name: str, config: NetworkConfig, crop: tuple[int, int, int], key: str) -> None:
+def check_divisible(name: str, config: ArchitectureConfig, crop: tuple[int, int, int], key: str) -> None:
     """Raise UserError if the network of `method.<name>` cannot halve this crop as often as it does."""
     try:
         steps = stride(config.architecture, config.arguments)
@@ -171,12 +191,12 @@ def encoded(batch: Batch, channels: TumourChannels) -> Tensor:
 
 def fit_terms(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     """How far logits (B, K, X, Y, Z) are from the targets in {0, 1}; Dice is the mean over the channels."""
-    with _full_precision(logits):
+    with full_precision(logits):
         logits = logits.float()
         return {"dice": soft_dice(logits.sigmoid(), target).mean(), "bce": F.binary_cross_entropy_with_logits(logits, target)}
 
 
-def weighted(terms: dict[str, Tensor], weights: WeightConfig) -> StepOutput:
+def weighted(terms: dict[str, Tensor], weights: FitWeights) -> StepOutput:
     loss = sum(getattr(weights, name) * term for name, term in terms.items())
     return StepOutput(loss, {name: term.detach() for name, term in terms.items()})
 
@@ -195,12 +215,9 @@ def _alike(full: tuple[Tensor, ...], missing: tuple[Tensor, ...]) -> tuple[list[
     return [f for f, _ in pairs], [m for _, m in pairs]
 
 
-def _role(step: RoleStep, networks: tuple[str, ...]) -> Role:
+def fit_role(step: RoleStep, networks: tuple[str, ...]) -> Role:
+    """The role of these networks with the optimiser that all methods here use."""
     return Role(step, networks, optimizer=OptimizerConfig(name="adamw", lr=3e-4, weight_decay=1e-5), schedule=ScheduleConfig(name="poly"))
-
-
-def _full_precision(like: Tensor) -> torch.autocast:
-    return torch.autocast(like.device.type, enabled=False)
 
 
 METHOD = KD

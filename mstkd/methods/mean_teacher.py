@@ -35,6 +35,8 @@ class MeanTeacher(Method):
     Config = MeanTeacherConfig
     task = "segmentation"
     stages = ("distill",)
+    paper = "Tarvainen & Valpola, NeurIPS 2017"
+    reproduces = "the averaged teacher, without unlabelled data; no table"
 
     def __init__(self, config: MeanTeacherConfig, facts: DataFacts):
         self.config = config

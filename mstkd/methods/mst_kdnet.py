@@ -28,6 +28,7 @@ from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Secti
 from mstkd.errors import UserError
 from mstkd.losses.dice import soft_dice
 from mstkd.losses.distillation import attention_extremes, consistency, feature_matching, ramp_up, reference_kl, standardised_kl
+from mstkd.losses.precision import full_precision
 from mstkd.losses.style import reference_style_matching, style_matching
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.models.mst_kdnet import Features, MSTKDNetwork, ResidualBlock, Up, stride
@@ -78,15 +79,20 @@ class WeightConfig(Section):
     adversarial: float = Field(2e-4, ge=0)
 
 
-class MSTKDNetConfig(Section):
+class TrunkConfig(Section):
+    """What every method with this network has."""
+
     network: NetworkConfig = NetworkConfig()
-    weights: WeightConfig = WeightConfig()
-    ramp_epochs: int = Field(20, ge=1)
-    tau: float = Field(7.0, gt=0)  # temperature of the logit distillation
     intensity: IntensityConfig = IntensityConfig(kind="minmax")
     targets: Literal["region", "disjoint"] = "region"
     rc_channel: bool = False  # resection cavity as a channel of its own instead of background
     missing_fill: Literal["zeros", "noise"] = "zeros"  # noise: standard normal
+
+
+class MSTKDNetConfig(TrunkConfig):
+    weights: WeightConfig = WeightConfig()
+    ramp_epochs: int = Field(20, ge=1)
+    tau: float = Field(7.0, gt=0)  # temperature of the logit distillation
     detach_teacher: bool = False  # True: no gradient from the transfer terms into the teacher
     no_mstkd: bool = False  # ablation: without mst and evd
     no_gsme: bool = False  # ablation: without gsm, adversarial and critic
@@ -110,20 +116,15 @@ class NetworksStep(RoleStep):
         if batch.label is None:
             raise UserError(f"subject {batch.subject[0]}: no label in the shard set; mst_kdnet trains on labelled subjects only")
         target = self.channels.encode(batch.label)
-        full, missing = self.teacher(batch.image), self.student(self._student_input(batch))
+        full, missing = self.teacher(batch.image), self.student(student_input(batch, self.config.missing_fill))
         deceived = [critic(missing.style) for critic in self.borrowed]
-        with _full_precision(batch.image):
+        with full_precision(batch.image):
             terms = self._terms(_float(full), _float(missing), target)
             for logit in deceived:
                 terms["adversarial"] = _bce(logit.float(), 0.0)
         loss = sum(self._weight(name, progress) * term for name, term in terms.items())
         carry = {"style_full": full.style.detach(), "style_missing": missing.style.detach()}
         return StepOutput(loss, {name: term.detach() for name, term in terms.items()}, carry)
-
-    def _student_input(self, batch: Batch) -> Tensor:
-        if self.config.missing_fill == "zeros":
-            return batch.visible()
-        return torch.where(batch.available[:, :, None, None, None], batch.image, torch.randn_like(batch.image))
 
     def _terms(self, full: Features, missing: Features, target: Tensor) -> dict[str, Tensor]:
         """All loss terms but the adversarial one, unweighted."""
@@ -166,7 +167,7 @@ class CriticStep(RoleStep):
 
     def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
         full, missing = self.critic(carry["style_full"]), self.critic(carry["style_missing"])
-        with _full_precision(full):
+        with full_precision(full):
             loss = _bce(full.float(), 0.0) + _bce(missing.float(), 1.0)
         return StepOutput(loss, {"critic": loss.detach()})
 
@@ -178,13 +179,14 @@ class MSTKDNet(Method):
     complete_only = True
     scored = ("student", "teacher")
     blocks = (ResidualBlock, Up, Layer, Decoder)
+    paper = "Zhu et al., MICCAI 2025"
+    reproduces = "networks, losses, critic; released code by options; no table yet"
 
     def __init__(self, config: MSTKDNetConfig, facts: DataFacts):
         self.config = config
         self.channels = TumourChannels(facts.label_scheme, config.targets, config.rc_channel)
-        shape = {"in_channels": len(facts.sequences), "out_channels": self.channels.count, "crop": facts.crop}
-        self.networks = {name: MSTKDNetwork(**shape, **config.network.model_dump()) for name in ("teacher", "student")}
-        say_tokens(self.networks["student"].tokens)
+        # the student first: with the same seed it begins with the weights of student_only's
+        self.networks = {name: build_trunk(config, facts, self.channels) for name in ("student", "teacher")}
         if not config.no_gsme:
             self.networks["critic"] = StyleCritic(8 * config.network.width, config.reference_head)
 
@@ -200,13 +202,8 @@ class MSTKDNet(Method):
 
     def roles(self, stage: str) -> dict[str, Role]:
         teacher, student, critic = (self.networks.get(name) for name in ("teacher", "student", "critic"))
-        networks = Role(
-            NetworksStep(teacher, student, critic, self.channels, self.config),
-            networks=("teacher", "student"),
-            borrows=("critic",) if critic is not None else (),
-            optimizer=OptimizerConfig(name="adam", lr=1e-4, weight_decay=1e-5),
-            schedule=ScheduleConfig(name="poly", per="epoch", power=0.9),
-        )
+        step = NetworksStep(teacher, student, critic, self.channels, self.config)
+        networks = networks_role(step, ("teacher", "student"), borrows=("critic",) if critic is not None else ())
         if critic is None:
             return {"networks": networks}
         optimizer = OptimizerConfig(name="adam", lr=1e-4, betas=(0.9, 0.99))
@@ -227,6 +224,26 @@ class MSTKDNet(Method):
             generator = torch.Generator().manual_seed(0)
             return torch.randn(image.shape, generator=generator).to(image)
         return torch.full_like(image, self.config.intensity.hidden_value)
+
+
+def build_trunk(config: TrunkConfig, facts: DataFacts, channels: TumourChannels) -> MSTKDNetwork:
+    """Teacher or student: they are alike."""
+    network = MSTKDNetwork(len(facts.sequences), channels.count, facts.crop, **config.network.model_dump())
+    say_tokens(network.tokens)
+    return network
+
+
+def networks_role(step: RoleStep, networks: tuple[str, ...], borrows: tuple[str, ...] = ()) -> Role:
+    """The role of these networks with the published optimiser and schedule."""
+    optimizer = OptimizerConfig(name="adam", lr=1e-4, weight_decay=1e-5)
+    return Role(step, networks, borrows, optimizer=optimizer, schedule=ScheduleConfig(name="poly", per="epoch", power=0.9))
+
+
+def student_input(batch: Batch, fill: Literal["zeros", "noise"]) -> Tensor:
+    """(B, M, X, Y, Z): the available sequences; the others hold zeros (the lower end of the interval) or noise."""
+    if fill == "zeros":
+        return batch.visible()
+    return torch.where(batch.available[:, :, None, None, None], batch.image, torch.randn_like(batch.image))
 
 
 def check_divisible(network: NetworkConfig, size: tuple[int, int, int], key: str) -> None:
@@ -252,10 +269,6 @@ def _bce(logit: Tensor, truth: float) -> Tensor:
 def _float(features: Features) -> Features:
     """The same features in float32: the loss terms span fifteen orders of magnitude."""
     return Features(*(tuple(t.float() for t in f) if isinstance(f, tuple) else f.float() for f in features))
-
-
-def _full_precision(like: Tensor) -> torch.autocast:
-    return torch.autocast(like.device.type, enabled=False)
 
 
 @contextmanager

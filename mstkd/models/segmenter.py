@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from monai.networks.blocks import Convolution, ResidualUnit, UnetBasicBlock, UnetResBlock, UnetUpBlock
+from monai.networks.blocks.segresnet_block import ResBlock
 from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
+from monai.networks.nets.swin_unetr import SwinTransformerBlock
 from torch import Tensor, nn
 
-from mstkd.models.mst_kdnet import MSTKDNetwork
+from mstkd.models.mst_kdnet import MSTKDNetwork, ResidualBlock, Up
 from mstkd.models.mst_kdnet import stride as mst_kdnet_stride
+from mstkd.models.transformer_unet import Decoder, Layer
 
 Axes = tuple[int, int, int]
 
@@ -145,3 +149,8 @@ ARCHITECTURES = {
         _monai(SwinUNETR, spatial_dims=3), lambda arguments: (arguments.get("patch_size", 2) ** 5,) * 3, lambda net: ("encoder10", "decoder1")
     ),
 }
+
+# what `train.recompute` runs again: no smaller than a residual unit, so that little is kept between them
+BLOCKS = (
+    ResidualBlock, Up, Layer, Decoder, ResBlock, ResidualUnit, Convolution, UnetBasicBlock, UnetResBlock, UnetUpBlock, SwinTransformerBlock,
+)  # fmt: skip

@@ -53,7 +53,7 @@ class TransformerUNet(nn.Module):
     def forward(self, x: Tensor) -> UNetFeatures:
         tokens = self.patch_embedding(x)
         grid = tokens.shape[2:]
-        hidden = self.dropout(tokens.flatten(2).transpose(1, 2) + self._position(grid))
+        hidden = self.dropout(tokens.flatten(2).transpose(1, 2) + on_grid(self.position, self.grid, tuple(grid)))
         states, maps = [], []
         for index, layer in enumerate(self.layers):
             hidden, attention = layer(hidden, tapped=index in self.taps)
@@ -63,12 +63,13 @@ class TransformerUNet(nn.Module):
         output, decoded = self.decoder(x, states)
         return UNetFeatures(output, decoded, tuple(maps))
 
-    def _position(self, grid: torch.Size) -> Tensor:
-        """(1, N, E): the position embedding on `grid`, resampled where it differs from the training grid."""
-        if tuple(grid) == self.grid:
-            return self.position
-        volume = self.position.transpose(1, 2).unflatten(2, self.grid)
-        return F.interpolate(volume, size=tuple(grid), mode="trilinear", align_corners=False).flatten(2).transpose(1, 2)
+
+def on_grid(position: Tensor, trained: tuple[int, int, int], grid: tuple[int, int, int]) -> Tensor:
+    """Position embeddings (B, N, E) of the grid `trained`, resampled where `grid` is another one."""
+    if grid == trained:
+        return position
+    volume = position.transpose(1, 2).unflatten(2, trained)
+    return F.interpolate(volume, size=grid, mode="trilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 
 class Layer(nn.Module):
