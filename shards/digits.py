@@ -36,7 +36,7 @@ SPOKEN: tuple[tuple[str, Vowel, str], ...] = (  # before the vowel, the vowel, a
     ("s", ((400, 2000), (400, 2000)), "s"), ("s", ((530, 1850), (500, 1500)), "n"), ("", ((500, 1850), (330, 2300)), "t"),
     ("n", ((730, 1100), (400, 2000)), "n"),
 )  # fmt: skip
-CONSONANT_S, VOWEL_S, DROWNED_S = 0.1, 0.3, 0.2
+CONSONANT_S, VOWEL_S, DROWNED_S = 0.1, 0.25, 0.25
 FORMANT_WIDTH_HZ = 120
 
 
@@ -105,13 +105,13 @@ def speak(digit: int, rng: np.random.Generator) -> NDArray[np.int16]:
     pitch_hz, throat = rng.uniform(90, 220), rng.uniform(0.88, 1.14)  # formants scale with the length of the vocal tract
     parts = [_consonant(name, pitch_hz, throat, rng) for name in (before, after)]
     voice = np.concatenate([parts[0], _voiced(vowel, VOWEL_S * rng.uniform(0.8, 1.2), pitch_hz, throat), parts[1]])
-    audio = np.zeros(round(RATE_HZ * 0.7))
+    audio = np.zeros(RATE_HZ)  # one second
     start = rng.integers(len(audio) - len(voice) + 1)
     audio[start : start + len(voice)] = voice
-    audio += rng.normal(0, rng.uniform(0.05, 0.15), len(audio))
-    drowned = rng.integers(len(audio) - round(RATE_HZ * DROWNED_S))
-    audio[drowned : drowned + round(RATE_HZ * DROWNED_S)] += rng.normal(0, 0.6, round(RATE_HZ * DROWNED_S))
-    return np.round(8000 * np.clip(audio, -4, 4)).astype(np.int16)
+    audio += rng.normal(0, rng.uniform(0.1, 0.5), len(audio))
+    drowned = start + rng.integers(len(voice)) - round(RATE_HZ * DROWNED_S / 2)
+    audio[max(drowned, 0) : drowned + round(RATE_HZ * DROWNED_S)] += rng.normal(0, 2, len(audio[max(drowned, 0) : drowned + round(RATE_HZ * DROWNED_S)]))
+    return np.round(4000 * np.clip(audio, -8, 8)).astype(np.int16)
 
 
 def _distance(points: NDArray, start: NDArray, end: NDArray) -> NDArray:
