@@ -108,10 +108,11 @@ def speak(digit: int, rng: np.random.Generator) -> NDArray[np.int16]:
     audio = np.zeros(RATE_HZ)  # one second
     start = rng.integers(len(audio) - len(voice) + 1)
     audio[start : start + len(voice)] = voice
-    audio += rng.normal(0, rng.uniform(0.1, 0.5), len(audio))
-    drowned = start + rng.integers(len(voice)) - round(RATE_HZ * DROWNED_S / 2)
-    audio[max(drowned, 0) : drowned + round(RATE_HZ * DROWNED_S)] += rng.normal(0, 2, len(audio[max(drowned, 0) : drowned + round(RATE_HZ * DROWNED_S)]))
-    return np.round(4000 * np.clip(audio, -8, 8)).astype(np.int16)
+    audio += rng.normal(0, rng.uniform(0.1, 0.3), len(audio))
+    drowned = start + rng.integers(max(len(voice) - round(RATE_HZ * DROWNED_S), 1))
+    part = audio[drowned : drowned + round(RATE_HZ * DROWNED_S)]
+    part += rng.normal(0, 1, len(part))
+    return np.round(6000 * np.clip(audio, -5, 5)).astype(np.int16)
 
 
 def _distance(points: NDArray, start: NDArray, end: NDArray) -> NDArray:

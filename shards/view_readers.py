@@ -38,9 +38,9 @@ def read_spectrogram(path: Path, seconds: float) -> NDArray[np.float32]:
             rate_hz, samples = wavfile.read(path)
     except (OSError, ValueError, EOFError, ArithmeticError) as error:
         raise UserError(f"{path}: cannot be read as WAV ({' '.join(str(error).split())[:200]}); replace or convert the file") from None
-    audio = samples.astype(np.float64).reshape(len(samples), -1).mean(axis=1)
-    if audio.dtype.kind != "f" or not len(audio) or not np.isfinite(audio).all():
+    if not samples.size or not np.isfinite(samples).all():
         raise UserError(f"{path}: is empty or holds values that are not finite; replace the file")
+    audio = samples.astype(np.float64).reshape(len(samples), -1).mean(axis=1)
     if samples.dtype == np.uint8:
         audio -= 128  # eight-bit WAV is unsigned
     wanted = round(seconds * rate_hz)

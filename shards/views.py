@@ -30,6 +30,7 @@ from mstkd.shards.view_readers import BANDS, FRAMES, read_image, read_spectrogra
 FOLDERS = {"image": ("images", ".png"), "audio": ("audio", ".wav")}  # view -> folder of classes, ending of its files
 VECTORS, PATIENTS = "embeddings.csv", "patients.csv"
 EMBEDDING = "embedding"
+LARGEST = 1e30  # of a value in a file; its square is still a number
 
 
 @dataclass
@@ -151,9 +152,9 @@ class _Reader:
         shape, first = self._first.setdefault(view, (raw.shape, path))
         if raw.shape != shape:
             raise UserError(f"{path}: {' x '.join(map(str, raw.shape))} values, {first} has {' x '.join(map(str, shape))}; bring them to one size")
-        mean, std = float(raw.mean()), float(raw.std())
-        if not np.isfinite([mean, std]).all():
+        if not (np.abs(raw) < LARGEST).all():  # nor for NaN
             raise UserError(f"{path}: {subject.key} holds values that are not finite or too large; correct them")
+        mean, std = float(raw.mean()), float(raw.std())
         return ((raw - mean) / (std or 1.0)).astype(np.float16), ViewStats(mean=mean, std=std)
 
 
