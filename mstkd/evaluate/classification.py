@@ -142,7 +142,7 @@ def _cells(decisions: Sequence[Decision], classes: Sequence[str]) -> dict[str, d
     for number, name in enumerate(classes):
         own = truth == number
         both = own.any() and not own.all()
-        auc = compute_roc_auc(probabilities[:, number], torch.from_numpy(own).float()) if both else None
+        auc = float(compute_roc_auc(probabilities[:, number], torch.from_numpy(own).float())) if both else None
         cells[name] = {"accuracy": float(right[own].mean()) if own.any() else None, "auc": auc, "n": int(own.sum())}
     return {ALL: {"accuracy": float(right.mean()), "auc": _mean([cell["auc"] for cell in cells.values()]), "n": len(decisions)}, **cells}
 
