@@ -20,6 +20,8 @@ from mstkd.evaluate.classification import BLOCK_CASES, Decision, accuracies, con
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.weights import open_run
+from mstkd.launch.cluster import load_cluster
+from mstkd.launch.submit import prepare
 from mstkd.losses.shared_specific import distribution_alignment, domain_classification
 from mstkd.methods import DataFacts, build
 from mstkd.models.shaspec_views import ResidualFusion, SharedSpecificClassifier, stem
@@ -342,6 +344,15 @@ def test_method_and_data_must_be_of_one_kind(one_rank, digits, phantom_shards, t
         build({"name": "kd"}, facts)
     with pytest.raises(UserError, match="method.name: shaspec_classify is for classification, and the shard set holds volumes"):
         build({"name": "shaspec_classify"}, DataFacts(("t1",), None, (8, 8, 8)))
+
+
+def test_submit_evaluates_a_classification_and_asks_volumes_for_a_crop(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cluster = load_cluster("devcluster")
+    submission = prepare("shaspec_digits_phantom", "devcluster", cluster, None, [], [])
+    assert [link.kind for link in submission.links] == ["train", "evaluate"]
+    with pytest.raises(UserError, match="data.crop: missing, and kd takes volumes"):
+        prepare("kd_phantom", "devcluster", cluster, None, ["data.crop=null"], [])
 
 
 def test_the_recipe_can_be_read_and_is_complete():
