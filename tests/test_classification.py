@@ -142,7 +142,8 @@ def test_gradients_of_a_missing_view_are_zero_and_there(network):
 def test_the_whole_loss_is_the_weighted_sum(digit_facts):
     method = build({"name": "shaspec_classify", "width": 8, "hidden": 8}, digit_facts)
     step = method.roles("train")["student"].step.eval()
-    batch = ViewBatch({"image": torch.randn(3, 28, 28), "audio": torch.randn(3, 32, 32)}, torch.tensor([0, 1, 2]), *torch.ones(2, 3, 2, dtype=torch.bool), list("abc"))
+    everything, given = torch.ones(3, 2, dtype=torch.bool), {"image": torch.randn(3, 28, 28), "audio": torch.randn(3, 32, 32)}
+    batch = ViewBatch(given, torch.tensor([0, 1, 2]), everything, everything, list("abc"))
     output = step(batch, {}, Progress(0, 0, 1, 1))
     terms = output.scalars
     assert output.loss.item() == pytest.approx((terms["cross_entropy"] + 0.1 * terms["dao"] + 0.02 * terms["dco"]).item())
@@ -309,7 +310,8 @@ def test_a_subset_is_left_out_for_a_case_that_lacks_it(trained):
             return sample if key != keys[0] else type(sample)({"audio": sample.views["audio"]}, sample.label, sample.meta)
 
     keys = run.source.subjects("test")[:2]
-    made = decide(run.method, run.networks, Lacking(run.source.stores), keys, all_subsets(run.source.sequences), InferenceConfig(precision="fp32"), torch.device("cpu"))
+    source, subsets = Lacking(run.source.stores), all_subsets(run.source.sequences)
+    made = decide(run.method, run.networks, source, keys, subsets, InferenceConfig(precision="fp32"), torch.device("cpu"))
     assert [(d.subject, d.subset) for d in made] == [(keys[1], "image"), (keys[0], "audio"), (keys[1], "audio"), (keys[1], "image+audio")]
 
 
