@@ -20,18 +20,28 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the default splits.")]
 @shards.command()
 def phantom(
     out: Annotated[Path, typer.Option(help="Folder to create.")],
-    subjects: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+    subjects: Annotated[int | None, typer.Option(min=1, help="How many. Default: 20, with --digits 1500.")] = None,
     size: Annotated[int, typer.Option(help="Voxels per axis.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
     paired_7t: Annotated[bool, typer.Option("--paired-7t", help="The same heads at 3T and 7T, with tissue labels.")] = False,
+    digits: Annotated[bool, typer.Option("--digits", help="Instead: written and spoken digits as PNG and WAV, for classification.")] = False,
 ) -> None:
     """Generate a cohort of physical brain phantoms as NIfTI, in BraTS 2018 layout.
 
     Example: mstkd shards phantom --out demo/nifti --subjects 20
-    """
-    from mstkd.shards.phantom import write_phantom
 
-    written = write_phantom(out, subjects, size, seed, paired_7t)
+    Example: mstkd shards phantom --digits --out demo/digits
+    """
+    if digits:
+        if paired_7t or size != 64:
+            raise UserError("--digits: has no brains; leave out --paired-7t and --size")
+        from mstkd.shards.digits import write_digits
+
+        written = write_digits(out, subjects or 1500, seed)
+    else:
+        from mstkd.shards.phantom import write_phantom
+
+        written = write_phantom(out, subjects or 20, size, seed, paired_7t)
     typer.echo(f"wrote {len(written)} subjects to {out}")
 
 
@@ -83,6 +93,30 @@ def build(
     )  # fmt: skip
     if index is not None:
         typer.echo(f"wrote {len(index.subjects())} subjects in {len(index.shards)} tars to {out}")
+
+
+@shards.command()
+def views(
+    src: Annotated[Path, typer.Option(help="Folder with two or more of images/<class>/<id>.png, audio/<class>/<id>.wav, embeddings.csv.")],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    name: Annotated[str, typer.Option(help="Of the data set; begins the tars' names.")] = "views",
+    seconds: Annotated[float, typer.Option(min=0.05, help="Recordings are cut or padded to this length.")] = 1.0,
+    seed: Seed = 0,
+    splits: Annotated[Path | None, typer.Option(help="Who goes where: a splits.json.")] = None,
+    allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Let a patient be on two sides of a split.")] = False,
+    subjects_per_shard: Annotated[int, typer.Option(min=1, help="Subjects in a tar.")] = 100,
+) -> None:
+    """Turn images, recordings and vectors, by class, into a shard set for classification. patients.csv (id,patient) is optional.
+
+    Example: mstkd shards views --src demo/digits --out demo/digit-shards --name digits
+    """
+    from mstkd.shards.views import build_views
+
+    index = build_views(
+        src, out, name=name, seconds=seconds, seed=seed, splits=splits, allow_overlap=allow_overlap, subjects_per_shard=subjects_per_shard
+    )
+    classes, seen = index.classification.classes, " and ".join(index.sequences)
+    typer.echo(f"wrote {len(index.subjects())} subjects of {len(classes)} classes, {seen}, in {len(index.shards)} tars to {out}")
 
 
 @shards.command()

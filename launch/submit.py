@@ -56,7 +56,7 @@ def prepare(recipe: str, cluster_name: str, cluster: Cluster, stages: str | None
     base = load_config(recipe, overrides)
     runs = [_checked(load_config(recipe, [*overrides, *changes]), cluster) for changes in _members(base.name, axes)]
     links = [Link("train", group, cluster) for group in _groups(runs[0], stages)]
-    if _method(runs[0]).task == "segmentation":
+    if _method(runs[0]).task in ("segmentation", "classification"):
         one = {"gpus_per_node": 1} if cluster.gpus_per_node else {"ranks_per_node": 1}
         links.append(Link("evaluate", (), cluster.model_copy(update={"nodes": 1, **one})))
     if len({run.name for run in runs}) < len(runs):
@@ -119,6 +119,8 @@ def _checked(config: RunConfig, cluster: Cluster) -> RunConfig:
     from mstkd import methods  # torch
 
     config.train.accumulation(cluster.world)
+    if config.data.crop is None and _method(config).task != "classification":
+        raise UserError(f"data.crop: missing, and {config.method['name']} takes volumes; give the training crop in voxels, e.g. [128, 128, 128]")
     return config.model_copy(update={"method": methods.resolve(config.method, config.origin)})
 
 

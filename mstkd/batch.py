@@ -38,6 +38,33 @@ class Batch:
 
 
 @dataclass
+class ViewBatch:
+    """One micro-batch of a set for classification: M views of a subject, each of a kind and shape of its own."""
+
+    views: dict[str, Tensor]  # by name, in the set's order: (B, *shape of the view) float32; `hidden_value` where the data lacks it
+    label: Tensor  # (B,) int64: index into the set's classes
+    present: Tensor  # (B, M) bool, as in Batch
+    available: Tensor  # (B, M) bool, as in Batch
+    subject: list[str]
+    hidden_value: float = 0.0
+
+    def visible(self) -> dict[str, Tensor]:
+        """`views` with every one that is not available replaced by `hidden_value`."""
+        return {name: hide(view, self.available[:, m], self.hidden_value) for m, (name, view) in enumerate(self.views.items())}
+
+    def to(self, device: torch.device | str) -> "ViewBatch":
+        """The same batch on `device`."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return ViewBatch(**{**vars(self), **moved, "views": {name: view.to(device, non_blocking=True) for name, view in self.views.items()}})
+
+
+def hide(values: Tensor, shown: Tensor, hidden_value: float) -> Tensor:
+    """Values (B, ...) with those of samples that are not `shown` (B,) bool replaced."""
+    # where, not multiplication: NaN or inf in what is hidden must not reach the student
+    return torch.where(shown.reshape(-1, *[1] * (values.dim() - 1)), values, torch.full_like(values, hidden_value))
+
+
+@dataclass
 class StepOutput:
     """What a role's forward returns.
 

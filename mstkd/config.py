@@ -44,11 +44,13 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate as a function of the step (or of the epoch's first step)."""
 
-    name: Literal["constant", "poly", "cosine"] = "constant"
-    per: Literal["step", "epoch"] = "step"
+    name: Literal["constant", "poly", "cosine", "step"] = "constant"
+    per: Literal["step", "epoch"] = "step"  # poly and cosine
     power: float = Field(0.9, gt=0)  # poly only
     warmup_steps: int = Field(0, ge=0)  # linear from 0 (excluded) to lr
     min_lr_ratio: float = Field(0.0, ge=0, le=1)  # cosine only: final lr / lr
+    gamma: float = Field(0.9, gt=0, le=1)  # step only: the factor on lr, once every so many epochs
+    every_epochs: int = Field(20, ge=1)
     after_steps: int = Field(0, ge=0)  # per step: the curve runs over so many steps more and begins after them (a warm restart)
 
 
@@ -87,7 +89,7 @@ class AvailabilityConfig(Section):
 class DataConfig(Section):
     shards: list[ShardSetConfig] = Field(min_length=1)
     fold: int = Field(0, ge=0)
-    crop: tuple[int, int, int]  # (X, Y, Z) voxels
+    crop: tuple[int, int, int] | None = None  # (X, Y, Z) voxels; volumes need it
     foreground_share: float = Field(0.0, ge=0, le=1)  # share of crops centred on a labelled voxel; the rest uniform
     crops: Literal["fresh", "fixed"] = "fresh"  # fixed: an item's crop and augmentation are the same in every epoch
     augment: AugmentConfig = AugmentConfig()

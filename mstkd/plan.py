@@ -108,6 +108,8 @@ def plan(config: RunConfig, world: int) -> Plan:
     """Plan a run on `world` ranks. Raises UserError for whatever in the configuration cannot work on them."""
     accumulation = config.train.accumulation(world)
     methods.read_config(config.method, config.origin)
+    if methods.load(config.method["name"]).task == "classification":
+        raise UserError(f"method.name: {config.method['name']} is for classification, and plans are made for volumes; train it without one")
     training = open_training(config.data, config.seed, complete_only=methods.load(config.method["name"]).complete_only)
     fake = fake_tensors()
     method, config, device = _build(config, training, fake)

@@ -108,7 +108,7 @@ def data_facts(config: RunConfig) -> dict:
     return {
         "names": [index.dataset for index in indices],
         "sequences": list(indices[0].sequences),
-        "label_scheme": indices[0].model_dump(mode="json", include={"label_scheme"})["label_scheme"],
+        **indices[0].model_dump(mode="json", include={"label_scheme", "classification"}),
         "digest": data_digest(config),
     }
 

@@ -129,7 +129,7 @@ def _train_stages(run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbe
 
 def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunConfig]:
     """The method with freshly initialised networks, and the configuration with its `method:` section resolved."""
-    facts = DataFacts(training.sequences, training.stores[0].index.scheme, config.data.crop)
+    facts = DataFacts(training.sequences, training.stores[0].index.scheme, config.data.crop, training.classification)
     torch.manual_seed(config.seed)  # the same initial weights on every rank and for every rank count
     method = methods.build(config.method, facts)
     if config.train.recompute:

@@ -10,7 +10,7 @@ from rich.table import Table
 from mstkd.shards.layout import read_set
 from mstkd.shards.members import read_member
 from mstkd.shards.spec import (
-    BRAIN, IMAGE, LABEL, META, LabelScheme, ShardIndex, Splits, SubjectMeta,
+    BRAIN, IMAGE, LABEL, META, LabelScheme, ShardIndex, Splits, SubjectMeta, ViewMeta, view_member,
 )  # fmt: skip
 
 REGION_COLOURS = {"WT": "tab:green", "TC": "gold", "ET": "red"}
@@ -18,8 +18,10 @@ DISPLAY_RANGE = (-2.0, 3.0)  # z-scores shown black and white
 
 
 def table(folder: Path) -> Table:
-    """One row per subject: key, patient, stored shape, spacing, sequences, label volumes, where the splits put it."""
+    """One row per subject: key, patient, stored shape, spacing, sequences, label volumes, where the splits put it; of views their class."""
     folder, index, splits = _read(folder)
+    if index.classification is not None:
+        return _table_of_views(folder, index, splits)
     regions = list(index.scheme.regions) if index.scheme else []
     view = Table(title=f"{folder}: {index.dataset}, {len(index.subjects())} subjects in {len(index.shards)} tars")
     for column in ("subject", "patient", "shape", "spacing (mm)", "sequences", *(f"{region} (ml)" for region in regions), "split"):
@@ -43,9 +45,12 @@ def table(folder: Path) -> Table:
 def montage(folder: Path, out_png: Path, subjects: int = 4) -> Path:
     """A PNG of the first `subjects`: a column per sequence and one with the label painted over the first sequence.
 
-    Axial slice with the largest labelled area, in radiological display (the patient's left is on the right).
+    Axial slice with the largest labelled area, in radiological display (the patient's left is on the right). Of a set
+    for classification a column per view.
     """
     folder, index, _ = _read(folder)
+    if index.classification is not None:
+        return _montage_of_views(folder, index, Path(out_png), subjects)
     places = [(folder / shard.file, entry) for shard in index.shards for entry in shard.subjects][:subjects]
     columns = len(index.sequences) + 1
     figure = Figure(figsize=(2.2 * columns, 2.5 * len(places)), layout="constrained", facecolor="black")
@@ -66,6 +71,40 @@ def montage(folder: Path, out_png: Path, subjects: int = 4) -> Path:
         row[0].text(0.02, 0.02, entry.subject, color="white", fontsize=7, transform=row[0].transAxes)
     figure.savefig(out_png, dpi=150)
     return Path(out_png)
+
+
+def _table_of_views(folder: Path, index: ShardIndex, splits: Splits) -> Table:
+    view = Table(title=f"{folder}: {index.dataset}, {len(index.subjects())} subjects in {len(index.shards)} tars")
+    for column in ("subject", "patient", "class", "views", "split"):
+        view.add_column(column)
+    for shard in index.shards:
+        for entry in shard.subjects:
+            meta = ViewMeta.model_validate(read_member(folder / shard.file, entry, META))
+            view.add_row(entry.subject, entry.patient, meta.label, " ".join(entry.sequences), _place(entry.subject, splits))
+    return view
+
+
+def _montage_of_views(folder: Path, index: ShardIndex, out_png: Path, subjects: int) -> Path:
+    places = [(folder / shard.file, entry) for shard in index.shards for entry in shard.subjects][:subjects]
+    figure = Figure(figsize=(2.6 * len(index.sequences), 2.3 * len(places)), layout="constrained")
+    for row, (tar, entry) in zip(figure.subplots(len(places), len(index.sequences), squeeze=False), places, strict=True):
+        label = ViewMeta.model_validate(read_member(tar, entry, META)).label
+        for axes, name in zip(row, index.sequences, strict=True):
+            axes.set_title(f"{name} of class {label}" if name in entry.sequences else f"{name}: absent", fontsize=9)
+            axes.set(xticks=[], yticks=[])
+            if name in entry.sequences:
+                _show_view(axes, read_member(tar, entry, view_member(name)).astype(np.float32))
+        row[0].set_ylabel(entry.subject, fontsize=7)
+    figure.savefig(out_png, dpi=150)
+    return out_png
+
+
+def _show_view(axes, array: np.ndarray) -> None:
+    """A vector as a line, an image in grey, of several channels the first."""
+    if array.ndim == 1:
+        axes.plot(array, linewidth=0.8)
+    else:
+        axes.imshow(array if array.ndim == 2 else array[0], cmap="gray")
 
 
 def _read(folder: Path) -> tuple[Path, ShardIndex, Splits]:

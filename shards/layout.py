@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from mstkd.errors import UserError
 from mstkd.shards.scheme_check import check_scheme
 from mstkd.shards.spec import (
-    BRAIN, IMAGE, LABEL, LABEL_SCHEMES, META, SUBJECT_KEY, LabelScheme, ShardEntry, ShardIndex, Splits, SubjectEntry,
+    BRAIN, IMAGE, LABEL, LABEL_SCHEMES, META, SUBJECT_KEY, Classification, LabelScheme, ShardEntry, ShardIndex, Splits, SubjectEntry, view_member,
 )  # fmt: skip
 from mstkd.shards.tar_walk import BLOCK_BYTES, NAME_LIMIT_BYTES, SUFFIX, padded
 
@@ -60,7 +60,8 @@ def parse_splits(data: bytes, place: str) -> Splits:
 
 def allowed_members(index: ShardIndex) -> tuple[str, ...]:
     """The suffixes that a subject of the set may have, in stored order."""
-    return (*STORED, *index.extra_members)
+    stored = STORED if index.classification is None else (*map(view_member, index.classification.views), META)
+    return (*stored, *index.extra_members)
 
 
 def unlisted_tars(folder: Path, index: ShardIndex) -> list[str]:
@@ -110,10 +111,25 @@ def _check_set(index: ShardIndex) -> None:
         _plain(SEQUENCE_NAME, name, "sequence name")
     for suffix in index.extra_members:
         _plain(SUFFIX, suffix, "name of an extra member (.npy or .json)")
+    if index.classification is not None:
+        _check_classification(index.classification, index.sequences)
     if isinstance(index.label_scheme, LabelScheme):
         check_scheme(index.label_scheme)
     elif index.label_scheme is not None and index.label_scheme not in LABEL_SCHEMES:
         raise ValueError(f"label scheme {index.label_scheme!r} is unknown; known: {', '.join(LABEL_SCHEMES)}")
+
+
+def _check_classification(facts: Classification, sequences: tuple[str, ...]) -> None:
+    if tuple(facts.views) != sequences:
+        raise ValueError(f"classification: its views {', '.join(facts.views)} are not the sequences {', '.join(sequences)}")
+    for name, shape in facts.views.items():
+        if not shape or not all(0 < length <= AXIS_LIMIT for length in shape):
+            raise ValueError(f"classification: view {name} has no shape of an array: {shape}")
+    _once("class", facts.classes)
+    for name in facts.classes:
+        _plain(SEQUENCE_NAME, name, "class name")
+    if len(facts.classes) < 2:
+        raise ValueError("classification: fewer than two classes")
 
 
 def _check_shard(shard: ShardEntry, index: ShardIndex) -> None:
@@ -146,6 +162,8 @@ def _check_entry(entry: SubjectEntry, index: ShardIndex) -> None:
     for name, text in entry.fingerprint.items():
         _check_fingerprint(name, text)
     _check_sizes(entry, len(index.sequences))
+    if index.classification is not None:
+        _check_views(entry, index.classification)
 
 
 def _check_fingerprint(name: str, text: str) -> None:
@@ -158,16 +176,28 @@ def _check_fingerprint(name: str, text: str) -> None:
 
 
 def _check_sizes(entry: SubjectEntry, channels: int) -> None:
-    """Where the index gives a shape, the arrays' sizes follow from it; an `.npy` header takes at most one KiB."""
+    """Where the index gives a shape, the arrays' sizes follow from it."""
     if entry.shape is None:
         return
     if not all(0 < length <= AXIS_LIMIT for length in entry.shape):
         raise ValueError(f"shape {entry.shape} is not one of a volume")
     voxels = math.prod(entry.shape)
     for suffix, voxel_bytes in VOXEL_BYTES.items():
-        expected = voxels * voxel_bytes * (channels if suffix == IMAGE else 1)
-        if suffix in entry.members and not expected < entry.members[suffix][1] <= expected + 1024:
-            raise ValueError(f"{suffix} has {entry.members[suffix][1]} bytes, which does not fit shape {entry.shape}")
+        _check_size(entry, suffix, voxels * voxel_bytes * (channels if suffix == IMAGE else 1), entry.shape)
+
+
+def _check_views(entry: SubjectEntry, facts: Classification) -> None:
+    """A view's member is there where the view is, and has the size that its shape needs."""
+    if {META, *map(view_member, entry.sequences)} != set(entry.members):
+        raise ValueError(f"has members {', '.join(sorted(entry.members))} and views {', '.join(entry.sequences)}, which do not fit")
+    for name in entry.sequences:
+        _check_size(entry, view_member(name), 2 * math.prod(facts.views[name]), facts.views[name])
+
+
+def _check_size(entry: SubjectEntry, suffix: str, expected: int, shape: tuple[int, ...]) -> None:
+    """An `.npy` header takes at most one KiB."""
+    if suffix in entry.members and not expected < entry.members[suffix][1] <= expected + 1024:
+        raise ValueError(f"{suffix} has {entry.members[suffix][1]} bytes, which does not fit shape {shape}")
 
 
 def _check_places(shard: ShardEntry) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from mstkd.errors import UserError
-from mstkd.shards.spec import SubjectEntry, SubjectMeta
+from mstkd.shards.spec import SubjectEntry, SubjectMeta, ViewMeta
 
 JSON_LIMIT_BYTES = 2**20
 NPY_HEADER_LIMIT_BYTES = 1024
@@ -74,6 +74,11 @@ def decode_meta(payload: bytes | memoryview) -> SubjectMeta:
     if any(not 0 <= start < stop <= 2**16 for start, stop in meta.crop_box):
         raise ValueError("crop_box is no box of voxels")
     return meta
+
+
+def decode_view_meta(payload: bytes | memoryview) -> ViewMeta:
+    """As `decode_meta`, in a set for classification."""
+    return ViewMeta.model_validate(decode_json(payload))
 
 
 def read_member(tar: Path, entry: SubjectEntry, suffix: str) -> Any:

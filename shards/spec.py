@@ -69,6 +69,11 @@ LABEL_SCHEMES: dict[str, LabelScheme] = {
 }
 
 
+def view_member(view: str) -> str:
+    """The suffix of the member that holds a view, float16, z-scored over its own values."""
+    return f"{view}.npy"
+
+
 def scheme_of(declared: "str | LabelScheme | None") -> "LabelScheme | None":
     """The label scheme that a spec or an index declares, by name or as a whole; None where there are no labels."""
     return LABEL_SCHEMES[declared] if isinstance(declared, str) else declared
@@ -106,6 +111,30 @@ class SubjectMeta(Strict):
     crop_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) per axis, in that RAS+ grid
 
 
+class Classification(Strict):
+    """What a set for classification holds instead of volumes: views of a subject, which may be of different kinds, and its class."""
+
+    views: dict[str, tuple[int, ...]]  # name -> shape of its array; the names are those in `sequences`, in that order
+    classes: tuple[str, ...]
+
+
+class ViewStats(Strict):
+    """Raw values of one view; mean and std undo the z-score."""
+
+    mean: float
+    std: float
+
+
+class ViewMeta(Strict):
+    """`<subject>.meta.json` in a set for classification."""
+
+    subject: str
+    patient: str
+    sequences: tuple[str, ...]  # the views that there are, in the set's order
+    label: str  # one of the set's classes
+    stats: dict[str, ViewStats]  # per view that there is
+
+
 class SubjectEntry(Strict):
     """One subject in the index. `members` maps suffix (e.g. "image.npy") to (byte offset of the payload, byte size)."""
 
@@ -135,6 +164,7 @@ class ShardIndex(Strict):
     sequences: tuple[str, ...]
     label_scheme: str | LabelScheme | None  # a known name, or the whole scheme of a user's own data set
     extra_members: tuple[str, ...] = ()
+    classification: Classification | None = None  # of a set of views; None: of volumes
     shards: tuple[ShardEntry, ...]
 
     @property

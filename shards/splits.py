@@ -21,11 +21,28 @@ def default_splits(patients: dict[str, str], volumes_ml: dict[str, float], seed:
     `patients`: subject -> patient; `volumes_ml`: subject -> volume that stratifies. Up to 5 patients there are as
     many folds as patients outside the test split; under 3 patients a UserError asks for an explicit file.
     """
+    check_patient_count(patients)
+    subjects = _by_patient(patients)
+    return _deal(_deal_order({p: max(volumes_ml[s] for s in members) for p, members in subjects.items()}, seed), subjects)
+
+
+def splits_by_class(patients: dict[str, str], classes: dict[str, str], seed: int) -> Splits:
+    """As `default_splits`, but stratified by class (`classes`: subject -> class), of a patient with several by the first."""
+    check_patient_count(patients)
+    subjects = _by_patient(patients)
+    return _deal(sorted(subjects, key=lambda patient: (classes[subjects[patient][0]], _hashed(patient, seed))), subjects)
+
+
+def _by_patient(patients: dict[str, str]) -> dict[str, list[str]]:
+    """Patient -> subjects, sorted."""
     subjects: dict[str, list[str]] = {}
     for subject in sorted(patients):
         subjects.setdefault(patients[subject], []).append(subject)
-    check_patient_count(patients)
-    dealt = _deal_order({p: max(volumes_ml[s] for s in members) for p, members in subjects.items()}, seed)
+    return subjects
+
+
+def _deal(dealt: list[str], subjects: dict[str, list[str]]) -> Splits:
+    """Patients dealt round-robin in this order."""
     is_test = [i % TEST_EVERY == TEST_EVERY // 2 for i in range(len(dealt))]  # the middle one: 3 patients have a test case too
     rest = [patient for patient, test in zip(dealt, is_test) if not test]
     folds = min(MAX_FOLDS, len(rest))
@@ -98,9 +115,9 @@ def _check_disjoint(sides: dict[str, tuple[str, ...]], patients: dict[str, str],
 
 def _deal_order(volumes_ml: dict[str, float], seed: int) -> list[str]:
     """Patients by tercile of volume, within a tercile by hash: dealing them round-robin stratifies."""
+    ranked = sorted(volumes_ml, key=lambda patient: (volumes_ml[patient], _hashed(patient, seed)))
+    return sorted(ranked, key=lambda patient: (ranked.index(patient) * STRATA // len(ranked), _hashed(patient, seed)))
 
-    def by_hash(patient: str) -> str:
-        return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
 
-    ranked = sorted(volumes_ml, key=lambda patient: (volumes_ml[patient], by_hash(patient)))
-    return sorted(ranked, key=lambda patient: (ranked.index(patient) * STRATA // len(ranked), by_hash(patient)))
+def _hashed(patient: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()

@@ -1,6 +1,7 @@
 """Does a shard set hold exactly what its index says, and does all of it decode?"""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,13 @@ from pydantic import ValidationError
 from mstkd.errors import UserError
 from mstkd.shards import fingerprint
 from mstkd.shards.layout import allowed_members, read_plain_file, read_set, unlisted_tars
-from mstkd.shards.members import JSON_LIMIT_BYTES, decode_json, decode_meta, read_member, read_payload
+from mstkd.shards.members import JSON_LIMIT_BYTES, decode_json, decode_meta, decode_view_meta, read_member, read_payload
 from mstkd.shards.meta_check import check_meta
 from mstkd.shards.pool import Tally, run_jobs
 from mstkd.shards.progress import subject_progress
 from mstkd.shards.shard_writer import file_sha256, label_volumes_ml
 from mstkd.shards.spec import (
-    BRAIN, FILE_LABEL, IMAGE, LABEL, META, SUBJECT_KEY, LabelScheme, ShardEntry, ShardIndex, SubjectEntry, SubjectMeta,
+    BRAIN, FILE_LABEL, IMAGE, LABEL, META, SUBJECT_KEY, LabelScheme, ShardEntry, ShardIndex, SubjectEntry, SubjectMeta, ViewMeta, view_member,
 )  # fmt: skip
 from mstkd.shards.splits import check_splits
 from mstkd.shards.tar_walk import Member, split_name, walk
@@ -92,7 +93,7 @@ def _check_shard(tar: Path, shard: ShardEntry, index: ShardIndex, tally: Tally) 
         raise UserError(f"{tar}: changed since it was built ({size} bytes, index {shard.bytes}; sha256 differs); copy it again or rebuild")
     for entry in shard.subjects:
         try:
-            _check_content(tar, entry, index)
+            (_check_content if index.classification is None else _check_views)(tar, entry, index)
         except ValueError as error:
             raise UserError(f"{tar}: subject {entry.subject}: {error}; rebuild the set") from None
         tally(1, sum(size for _, size in entry.members.values()))
@@ -139,7 +140,7 @@ def _check_content(tar: Path, entry: SubjectEntry, index: ShardIndex) -> None:
     if missing:
         raise ValueError(f"has no {sorted(missing)[0]}")
     members = {suffix: read_member(tar, entry, suffix) for suffix in entry.members if suffix != META}
-    meta = _meta(read_payload(tar, *entry.members[META]))
+    meta = _meta(decode_meta, read_payload(tar, *entry.members[META]))
     if (meta.subject, meta.patient, meta.sequences) != (entry.subject, entry.patient, entry.sequences):
         raise ValueError(f"{META} and index.json disagree on subject, patient or sequences")
     check_meta(meta)
@@ -160,9 +161,23 @@ def _check_content(tar: Path, entry: SubjectEntry, index: ShardIndex) -> None:
         _check_values(FILE_LABEL, members[FILE_LABEL], index.scheme)
 
 
-def _meta(payload: bytes) -> SubjectMeta:
+def _check_views(tar: Path, entry: SubjectEntry, index: ShardIndex) -> None:
+    """As `_check_content`, in a set for classification."""
+    facts, meta = index.classification, _meta(decode_view_meta, read_payload(tar, *entry.members[META]))
+    if (meta.subject, meta.patient, meta.sequences) != (entry.subject, entry.patient, entry.sequences):
+        raise ValueError(f"{META} and index.json disagree on subject, patient or views")
+    if meta.label not in facts.classes or set(meta.stats) != set(meta.sequences):
+        raise ValueError(f"{META} has a class that index.json does not know, or not the mean and std of every view")
+    for name in entry.sequences:
+        view = read_member(tar, entry, view_member(name))
+        _check_array(view_member(name), view, np.float16, facts.views[name])
+        if not np.isfinite(view).all():
+            raise ValueError(f"{view_member(name)} is not finite")
+
+
+def _meta(decode: Callable[[bytes], SubjectMeta | ViewMeta], payload: bytes) -> SubjectMeta | ViewMeta:
     try:
-        return decode_meta(payload)
+        return decode(payload)
     except ValidationError as error:
         problem = error.errors()[0]
         raise ValueError(f"{META}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None

@@ -24,7 +24,7 @@ def run(recipe: str, overrides: list[str], stop_at: int | None = None) -> dict:
 
 def curve(metrics: Path) -> list[tuple[int, dict]]:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [(row["step"], {k: v for k, v in row.items() if k.startswith("train/")}) for row in rows if "train/loss_networks" in row]
+    return [(row["step"], {k: v for k, v in row.items() if k.startswith("train/")}) for row in rows if any(k.startswith("train/loss_") for k in row)]
 
 
 def _signal_at(metrics: Path, step: int) -> None:

@@ -7,7 +7,7 @@
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -18,14 +18,14 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, get_worker_info
 
-from mstkd.batch import Batch
+from mstkd.batch import Batch, ViewBatch
 from mstkd.config import DataConfig
 from mstkd.data.augment import augment_geometry, augment_intensity
 from mstkd.data.availability import Availability
 from mstkd.data.crop import Foreground, crop
 from mstkd.data.intensity import Intensity
-from mstkd.data.sample import Item, Sample, item_rng
-from mstkd.data.store import BadSample
+from mstkd.data.sample import Item, Sample, ViewSample, item_rng
+from mstkd.data.store import BadSample, ShardStore
 from mstkd.data.training import TrainingSet
 from mstkd.data.workers import checked, errors_as_data, leave_signals_to_the_trainer, shared_tensor, watched
 from mstkd.errors import UserError
@@ -69,7 +69,7 @@ class Drawn:
 
     item: Item
     subject: str
-    sample: Sample
+    sample: Sample | ViewSample
     bad: list[str] = field(default_factory=list)  # messages of the samples skipped on the way here
 
 
@@ -101,7 +101,7 @@ class Stages:
         candidate, bad = item, []
         while True:
             try:
-                return Drawn(item, candidate.subject, self._crop(item, candidate), bad)
+                return Drawn(item, candidate.subject, self.stored(item, candidate), bad)
             except BadSample as error:
                 if self.config.on_bad_sample == "stop":
                     raise UserError(f"{error}; or data.on_bad_sample=skip replaces such samples") from None
@@ -132,7 +132,7 @@ class Stages:
             out[...] = augmented
 
     def batches(self, stream: Iterator[Drawn]) -> Iterator[dict]:
-        """Collated micro-batches: the fields of a Batch as plain data, and the messages of skipped samples."""
+        """Collated micro-batches: the fields of a Batch or ViewBatch as plain data, and the messages of skipped samples."""
         while (fields := self._micro_batch(stream)) is not None:
             yield fields
 
@@ -142,41 +142,42 @@ class Stages:
         for place, drawn in enumerate(islice(stream, size)):
             if not fields:
                 fields = self._empty(size)
-            sample, present = drawn.sample, _present(drawn.sample, training.sequences)
+            present = _present(drawn.sample, training.sequences)
             with self._naming(drawn.item):
-                self.normalise(drawn, fields["image"][place].numpy())
-            fields["brain"][place] = torch.from_numpy(sample.brain)
-            if training.labelled:
-                fields["label"][place] = torch.from_numpy(sample.label)
+                self.fill(fields, place, drawn)
             fields["present"].append(present)
             fields["available"].append(self.availability.draw(training.seed, drawn.item, present))
             fields["subject"].append(drawn.subject)
             fields["bad"] += drawn.bad
-            drawn.sample = sample = None  # the pipeline holds on to `drawn` until it has the next one
+            drawn.sample = None  # the pipeline holds on to `drawn` until it has the next one
         return fields or None
 
+    def fill(self, fields: dict, place: int, drawn: Drawn) -> None:
+        """Put a sample's arrays into the tensors of a micro-batch."""
+        self.normalise(drawn, fields["image"][place].numpy())
+        fields["brain"][place] = torch.from_numpy(drawn.sample.brain)
+        if self.training.labelled:
+            fields["label"][place] = torch.from_numpy(drawn.sample.label)
+
     def _empty(self, size: int) -> dict:
+        return {**self.tensors(size), "present": [], "available": [], "subject": [], "bad": []}
+
+    def tensors(self, size: int) -> dict:
+        """Those that `fill` fills, for `size` samples."""
         volume, sequences = (size, *self.config.crop), len(self.training.sequences)
         return {
             "image": shared_tensor((size, sequences, *self.config.crop), torch.float32),
             "brain": shared_tensor(volume, torch.bool),
             "label": shared_tensor(volume, torch.uint8) if self.training.labelled else None,
-            "present": [],
-            "available": [],
-            "subject": [],
-            "bad": [],
         }
 
-    def _crop(self, item: Item, candidate: Item) -> Sample:
+    def stored(self, item: Item, candidate: Item) -> Sample:
+        """The item's crop of the candidate's volume. Raises BadSample."""
         store = self.training.stores[candidate.source]
         draws = self._draws(item, "crop")
         foreground = self._foregrounds[candidate.source]
         sample = crop(store.subject(candidate.subject), self.config.crop, self.config.foreground_share, draws, foreground)
-        if not all(_finite(channel) for channel in sample.image):
-            tar = store.tar_of(candidate.subject)
-            raise BadSample(
-                f"{store.folder / tar.file}: subject {candidate.subject} has voxels that are not finite; run `mstkd shards verify {store.folder}`"
-            )
+        _check_finite(sample.image, store, candidate.subject)
         return sample
 
     def _settled(self, item: Item) -> Item:
@@ -196,6 +197,29 @@ class Stages:
         except Exception as error:
             error.add_note(f"(at subject {item.subject} of {self.training.stores[item.source].folder})")
             raise
+
+
+class ViewStages(Stages):
+    """The same for a set of views: they are stored as networks take them."""
+
+    def stored(self, item: Item, candidate: Item) -> ViewSample:
+        store = self.training.stores[candidate.source]
+        sample = store.subject(candidate.subject)
+        _check_finite(sample.views.values(), store, candidate.subject)
+        return sample
+
+    def geometry(self, drawn: Drawn) -> Drawn:
+        return drawn
+
+    def tensors(self, size: int) -> dict:
+        views = {name: shared_tensor((size, *shape), torch.float32) for name, shape in self.training.classification.views.items()}
+        return {"views": views, "label": shared_tensor((size,), torch.int64)}
+
+    def fill(self, fields: dict, place: int, drawn: Drawn) -> None:
+        for name, tensor in fields["views"].items():
+            view = drawn.sample.views.get(name)
+            tensor[place] = self.intensity.hidden_value if view is None else torch.tensor(view)
+        fields["label"][place] = drawn.sample.label
 
 
 class TrainLoader:
@@ -224,7 +248,7 @@ class TrainLoader:
         self._hidden_value = intensity.hidden_value
         self._share = Share(global_batch, micro_batch, rank, world, start_step, total_steps)
         self._loader = DataLoader(
-            Stages(training, config, intensity, self._share).pipeline(),
+            (Stages if training.classification is None else ViewStages)(training, config, intensity, self._share).pipeline(),
             batch_size=None,  # the pipeline collates, in the worker
             num_workers=config.workers,
             worker_init_fn=leave_signals_to_the_trainer,
@@ -232,7 +256,7 @@ class TrainLoader:
             generator=torch.Generator(),  # else the loader draws from the global generator
         )
 
-    def __iter__(self) -> Iterator[list[tuple[int, Batch]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, Batch | ViewBatch]]]:
         """Raises UserError when a sample is bad and may not be skipped, or one too many was; WorkerError if a process dies."""
         step = []
         for (j, _), fields in zip(self._share.micro_batches(), watched(self._loader, self._changed_tars), strict=True):
@@ -241,7 +265,7 @@ class TrainLoader:
                 yield step
                 step = []
 
-    def _batch(self, fields: dict) -> Batch:
+    def _batch(self, fields: dict) -> Batch | ViewBatch:
         bad = checked(fields).pop("bad")
         for message in bad:
             log.warning("sample skipped and replaced: %s", message)
@@ -249,7 +273,7 @@ class TrainLoader:
         if self.bad_samples > self._config.max_bad_samples:
             raise UserError(too_many_bad(self._config, bad[-1]))
         masks = {name: torch.tensor(fields.pop(name)) for name in ("present", "available")}
-        return Batch(**fields, **masks, hidden_value=self._hidden_value)
+        return (ViewBatch if "views" in fields else Batch)(**fields, **masks, hidden_value=self._hidden_value)
 
     def _changed_tars(self) -> list[str]:
         """One line for each local tar whose size is no longer the index's."""
@@ -265,8 +289,14 @@ def _float32(image: np.ndarray) -> np.ndarray:
     return torch.from_numpy(image).float().numpy()  # exact, and several times faster than NumPy's astype
 
 
+def _check_finite(stored: Iterable[np.ndarray], store: ShardStore, subject: str) -> None:
+    if not all(_finite(part) for part in stored):
+        place = store.folder / store.tar_of(subject).file
+        raise BadSample(f"{place}: subject {subject} has values that are not finite; run `mstkd shards verify {store.folder}`")
+
+
 def _finite(stored: np.ndarray) -> bool:
-    """Whether no float16 voxel is inf or NaN: their exponent bits are all set. NumPy's isfinite is ten times slower here."""
+    """Whether no float16 value is inf or NaN: their exponent bits are all set. NumPy's isfinite is ten times slower here."""
     return not ((stored.view(np.uint16) & 0x7C00) == 0x7C00).any()
 
 
@@ -274,7 +304,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _present(sample: Sample, sequences: tuple[str, ...]) -> tuple[bool, ...]:
+def _present(sample: Sample | ViewSample, sequences: tuple[str, ...]) -> tuple[bool, ...]:
     return tuple(sequence in sample.meta.sequences for sequence in sequences)
 
 

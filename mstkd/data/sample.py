@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mstkd.shards.spec import SubjectMeta
+from mstkd.shards.spec import SubjectMeta, ViewMeta
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,15 @@ class Sample:
     brain: np.ndarray  # (X, Y, Z) uint8
     label: np.ndarray | None  # (X, Y, Z) uint8 in the declared scheme
     meta: SubjectMeta
+
+
+@dataclass
+class ViewSample:
+    """A subject of a set for classification."""
+
+    views: dict[str, np.ndarray]  # those that there are: name -> float16, z-scored, of the shape that the index gives
+    label: int  # index into the set's classes
+    meta: ViewMeta
 
 
 def rng(*key: int | str) -> np.random.Generator:

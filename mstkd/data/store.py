@@ -16,12 +16,12 @@ import numpy as np
 
 from mstkd.data.location import check_location
 from mstkd.data.remote import RemoteFolder, shown
-from mstkd.data.sample import Sample
+from mstkd.data.sample import Sample, ViewSample
 from mstkd.data.staging import StagingCache
 from mstkd.errors import UserError
 from mstkd.shards.layout import INDEX, INDEX_LIMIT_BYTES, SPLITS, SPLITS_LIMIT_BYTES, parse_index, parse_splits, read_set, unlisted_tars
-from mstkd.shards.members import decode_array, decode_meta
-from mstkd.shards.spec import BRAIN, FILE_LABEL, IMAGE, LABEL, META, Fold, ShardEntry, ShardIndex, Splits, SubjectMeta
+from mstkd.shards.members import decode_array, decode_meta, decode_view_meta
+from mstkd.shards.spec import BRAIN, FILE_LABEL, IMAGE, LABEL, META, Fold, ShardEntry, ShardIndex, Splits, SubjectMeta, ViewMeta, view_member
 from mstkd.shards.tar_walk import BLOCK_BYTES, read_header
 
 OPEN_TARS = 16  # each map holds a file descriptor
@@ -67,8 +67,9 @@ class ShardStore:
             raise UserError(f"data.fold {number}: {self.folder / 'splits.json'} has folds 0 to {len(self.splits.folds) - 1}")
         return self.splits.folds[number]
 
-    def subject(self, key: str) -> Sample:
-        """The whole stored volume of a subject; image float16 (M, X, Y, Z), brain and label are read-only views on the tar.
+    def subject(self, key: str) -> Sample | ViewSample:
+        """A subject as stored: its whole volume, image float16 (M, X, Y, Z), brain and label; of a set for classification
+        its views. Arrays are read-only views on the tar.
 
         Raises BadSample (a UserError) if its members cannot be decoded, UserError if there is no such subject, or if
         the tar is not the one that the index describes.
@@ -80,15 +81,26 @@ class ShardStore:
         if key not in self._located:
             self._check_headers(mapped, tar, key)
         try:
-            meta = decode_meta(_payload(mapped, members, META))
-            image = _array(_payload(mapped, members, IMAGE), np.float16, 4)
-            brain = _array(_payload(mapped, members, BRAIN), np.uint8, 3)
-            label = _array(_payload(mapped, members, LABEL), np.uint8, 3) if LABEL in members else None
-            self._check_agreement(key, meta, image, brain, label)
+            return (self._volume if self.index.classification is None else self._views)(key, mapped, members)
         except ValueError as error:  # pydantic's and json's errors are ValueErrors
             reason, advice = str(error).splitlines()[0], f"run `mstkd shards verify {self.folder}`"
             raise BadSample(f"{self.folder / tar.file}: subject {key} cannot be decoded ({reason}); {advice}") from None
+
+    def _volume(self, key: str, mapped: mmap.mmap, members: dict[str, tuple[int, int]]) -> Sample:
+        meta = decode_meta(_payload(mapped, members, META))
+        image = _array(_payload(mapped, members, IMAGE), np.float16, 4)
+        brain = _array(_payload(mapped, members, BRAIN), np.uint8, 3)
+        label = _array(_payload(mapped, members, LABEL), np.uint8, 3) if LABEL in members else None
+        self._check_agreement(key, meta, image, brain, label)
         return Sample(image, brain, label, meta)
+
+    def _views(self, key: str, mapped: mmap.mmap, members: dict[str, tuple[int, int]]) -> ViewSample:
+        facts, meta = self.index.classification, decode_view_meta(_payload(mapped, members, META))
+        self._check_meta(key, meta)
+        views = {name: _array(_payload(mapped, members, view_member(name)), np.float16, len(facts.views[name])) for name in meta.sequences}
+        if meta.label not in facts.classes or any(view.shape != facts.views[name] for name, view in views.items()):
+            raise ValueError("its class or a view's shape is not one of index.json")
+        return ViewSample(views, facts.classes.index(meta.label), meta)
 
     def file_label(self, key: str) -> np.ndarray | None:
         """Of a subject that was resampled: its label (X, Y, Z) on the grid and in the axes of its file. As `subject` otherwise."""
@@ -190,13 +202,17 @@ class ShardStore:
         return f"{self.folder / tar.file}: altered since the index was made: {reason}; copy or build the shard set again"
 
     def _check_agreement(self, key: str, meta: SubjectMeta, image: np.ndarray, brain: np.ndarray, label: np.ndarray | None) -> None:
+        self._check_meta(key, meta)
         entry = self.subjects[key]
-        if (meta.subject, meta.patient, meta.sequences) != (key, entry.patient, entry.sequences):
-            raise ValueError("meta.json and index.json disagree")
         shapes = {image.shape[1:], brain.shape, *([] if label is None else [label.shape]), *([entry.shape] if entry.shape else [])}
         if len(shapes) > 1 or len(image) != len(self.index.sequences):
             others = shapes - {image.shape[1:]}
             raise ValueError(f"shapes do not fit: image {image.shape}, others {others}, {len(self.index.sequences)} sequences")
+
+    def _check_meta(self, key: str, meta: SubjectMeta | ViewMeta) -> None:
+        entry = self.subjects[key]
+        if (meta.subject, meta.patient, meta.sequences) != (key, entry.patient, entry.sequences):
+            raise ValueError("meta.json and index.json disagree")
 
 
 def _fetch_set(folder: RemoteFolder) -> tuple[ShardIndex, Splits]:

@@ -10,10 +10,11 @@ from mstkd.data.order import Order
 from mstkd.data.sample import Item
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
-from mstkd.shards.spec import LABEL, SubjectEntry
+from mstkd.shards.spec import LABEL, Classification, SubjectEntry
 
 log = logging.getLogger(__name__)
 
+VOLUME_KEYS = ("crop", "crops", "foreground_share", "augment")  # of DataConfig: they say nothing about views
 WINDOWS_AHEAD = 2  # the one being read and the next: its subjects are shuffled, so all of its tars are wanted almost at once
 
 
@@ -36,17 +37,22 @@ class TrainingSet:
         """Whether every item has a label."""
         return self.stores[0].index.label_scheme is not None
 
+    @property
+    def classification(self) -> Classification | None:
+        """The views and classes of sets for classification; None: they hold volumes."""
+        return self.stores[0].index.classification
+
     def items(self, positions: Iterable[int]) -> Iterator[Item]:
         """The items at these positions of the stream, to be read in turn; staged tars are brought ahead of their use."""
         return staged_ahead(map(self.order.item, positions), self.stores, WINDOWS_AHEAD * self.order.window)
 
 
 def open_stores(config: DataConfig) -> list[ShardStore]:
-    """The shard sets of a recipe. Raises UserError if they differ in sequences or label scheme."""
+    """The shard sets of a recipe. Raises UserError if they differ in sequences, label scheme or classes."""
     stores = [ShardStore(shards.path, config.cache_dir, config.cache_gib, config.verify_sha256) for shards in config.shards]
     first = stores[0]
     for store in stores[1:]:
-        for fact in ("sequences", "label_scheme"):
+        for fact in ("sequences", "label_scheme", "classification"):
             ours, theirs = getattr(first.index, fact), getattr(store.index, fact)
             if ours != theirs:
                 raise UserError(f"data.shards: {store.folder} has {fact} {theirs}, {first.folder} has {ours}; mixed sets must agree")
@@ -57,9 +63,11 @@ def open_training(config: DataConfig, seed: int, complete_only: bool) -> Trainin
     """The training set of a recipe's `data:` section.
 
     Subjects without a label in a labelled set, and with `complete_only` those that lack a sequence, are dropped,
-    counted and logged. Raises UserError on a wrong folder, fold or mixture, or if no subject is left.
+    counted and logged. Raises UserError on a wrong folder, fold or mixture, if no subject is left, or if the section
+    is for volumes and the sets hold views, or the reverse.
     """
     stores = open_stores(config)
+    _check_kind(config, stores[0])
     sets, dropped = [], []
     for store in stores:
         chosen = _training_subjects(store, config.fold)
@@ -70,6 +78,16 @@ def open_training(config: DataConfig, seed: int, complete_only: bool) -> Trainin
         log.warning("%d training subjects dropped, a sequence or the label is missing: %s", len(dropped), ", ".join(dropped))
     order = Order(sets, [shards.repeat for shards in config.shards], seed, config.shuffle_window)
     return TrainingSet(stores, order, seed, dropped)
+
+
+def _check_kind(config: DataConfig, store: ShardStore) -> None:
+    if store.index.classification is None:
+        if config.crop is None:
+            raise UserError(f"data.crop: missing, and {store.folder} holds volumes; give the training crop in voxels, e.g. [128, 128, 128]")
+        return
+    for key in VOLUME_KEYS:
+        if getattr(config, key) != DataConfig.model_fields[key].default:
+            raise UserError(f"data.{key}: is for volumes, and {store.folder} holds views of {' and '.join(store.index.sequences)}; remove the key")
 
 
 def _training_subjects(store: ShardStore, fold: int) -> set[str]:

@@ -120,7 +120,8 @@ class Keeper:
             return True
         self.trainer.tracker.log_metrics({f"val/{name}": value for name, value in figures.items()}, state.step, self.stage.name)
         score = figures["score"]
-        log.info("stage %s: step %d: validation Dice %.4f", self.stage.name, state.step, score)
+        kind = "accuracy" if self.stage.method.task == "classification" else "Dice"
+        log.info("stage %s: step %d: validation %s %.4f", self.stage.name, state.step, kind, score)
         if math.isfinite(score) and (state.best_score is None or score > state.best_score):
             state.best_score, state.best_step = score, state.step
             return True

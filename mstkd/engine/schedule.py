@@ -7,12 +7,15 @@ from mstkd.config import ScheduleConfig
 
 
 def lr_factor(schedule: ScheduleConfig, progress: Progress) -> float:
-    """The factor on the optimiser's lr for this step; positive for every step of the run (poly, constant).
+    """The factor on the optimiser's lr for this step; positive for every step of the run (poly, step, constant).
 
-    With `per: epoch` the factor is held during an epoch: poly is (1 - e/E)^power with e counted from 0.
+    With `per: epoch` the factor is held during an epoch: poly is (1 - e/E)^power with e counted from 0. `step` is
+    gamma^(e // every_epochs), whatever `per` says.
     """
     if progress.step < schedule.warmup_steps:
         return (progress.step + 1) / schedule.warmup_steps
+    if schedule.name == "step":
+        return schedule.gamma ** (progress.epoch // schedule.every_epochs)
     if schedule.per == "epoch":
         done = progress.epoch / math.ceil(progress.total_epochs)
     else:

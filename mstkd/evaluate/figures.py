@@ -30,11 +30,11 @@ class CasePicture:
     spacing_mm: tuple[float, float, float]
 
 
-def heat_map(summary: dict[str, Any], title: str, path: Path) -> None:
-    """Dice in per cent, one row per subset (and their mean), one column per region."""
+def heat_map(summary: dict[str, Any], title: str, path: Path, key: str = "dice", label: str = "Dice %") -> None:
+    """A fraction of the summary in per cent, one row per subset (and their mean), one column per region; empty where there was no case."""
     regions = list(summary["mean"])
     rows = {**summary["subsets"], "mean": summary["mean"]}
-    values = np.array([[100 * cells[region]["dice"] for region in regions] for cells in rows.values()])
+    values = 100 * np.array([[cells[region][key] for region in regions] for cells in rows.values()], dtype=float)
     figure = Figure(figsize=(2.6 + 0.9 * len(regions), 1.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
@@ -42,10 +42,31 @@ def heat_map(summary: dict[str, Any], title: str, path: Path) -> None:
     axes.set_yticks(range(len(rows)), list(rows))
     axes.axhline(len(rows) - 1.5, color="white", linewidth=2)
     for (row, column), value in np.ndenumerate(values):
-        axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="black" if value > 60 else "white")
+        axes.text(column, row, "" if np.isnan(value) else f"{value:.1f}", ha="center", va="center", color="black" if value > 60 else "white")
     axes.set_title(title, fontsize=10)
     axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, label="Dice %", shrink=0.6)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.6)
+    figure.savefig(path, dpi=130)
+
+
+def confusion_matrices(counts: dict[str, NDArray[np.int64]], classes: Sequence[str], path: Path) -> None:
+    """One panel per subset: (K, K) cases by true class (rows) and decided class, shaded by their share of the row."""
+    columns = min(len(counts), 4)
+    rows = -(-len(counts) // columns)
+    side = 1.2 + 0.3 * len(classes)
+    figure = Figure(figsize=(columns * side, rows * (side + 0.3)), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (name, cases) in zip(panels, counts.items(), strict=False):
+        share = cases / np.maximum(cases.sum(axis=1, keepdims=True), 1)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(cases):
+            if count:
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color="white" if share[row, column] > 0.5 else "black")
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set(title=name, xlabel="decided", ylabel="true")
+    for axes in list(panels)[len(counts) :]:
+        axes.axis("off")
     figure.savefig(path, dpi=130)
 
 

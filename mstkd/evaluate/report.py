@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mstkd.evaluate import figures
 from mstkd.evaluate.cases import Row, labelled
+from mstkd.evaluate.classification import Decision, area, confusion
 from mstkd.evaluate.figures import CasePicture
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.subsets import Subset, subset_name
@@ -88,12 +89,31 @@ def draw_figures(folder: Path, summaries: dict[str, dict[str, Any]], cases: Sequ
     return drawn
 
 
-def write_report(path: Path, title: str, facts: dict[str, str], summaries: dict[str, dict[str, Any]], drawn: dict[str, Path]) -> None:
-    """One self-contained HTML file; `facts` are shown at its top."""
+def draw_class_figures(
+    folder: Path, summaries: dict[str, dict[str, Any]], decisions: Sequence[Decision], classes: Sequence[str]
+) -> dict[str, Path]:
+    """As `draw_figures`, of a classification: accuracy by subset and class, and who is taken for whom."""
+    drawn = {}
+    for network, summary in summaries.items():
+        path = folder / f"heat_map_{network}.png"
+        figures.heat_map(summary, f"{network}: accuracy by given views", path, "accuracy", "accuracy %")
+        drawn[f"Accuracy of the {network} by given views"] = path
+        path = folder / f"confusion_{network}.png"
+        own = [decision for decision in decisions if decision.network == network]
+        counts = {name: confusion([d for d in own if d.subset == name], len(classes)) for name in summary["subsets"]}
+        figures.confusion_matrices(counts, classes, path)
+        drawn[f"Cases by true class and by what the {network} decides"] = path
+    return drawn
+
+
+def write_report(
+    path: Path, title: str, facts: dict[str, str], summaries: dict[str, dict[str, Any]], drawn: dict[str, Path], template: str = "report.html.j2"
+) -> None:
+    """One self-contained HTML file; `facts` are shown at its top. `template`: report.html.j2, or classification.html.j2."""
     environment = Environment(loader=PackageLoader("mstkd.evaluate", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"percent": percent, "millimetres": millimetres}
+    environment.filters |= {"percent": percent, "millimetres": millimetres, "area": area}
     images = {caption: base64.b64encode(file.read_bytes()).decode() for caption, file in drawn.items()}
-    html = environment.get_template("report.html.j2").render(title=title, facts=facts, summaries=summaries, images=images)
+    html = environment.get_template(template).render(title=title, facts=facts, summaries=summaries, images=images)
     partial = path.with_suffix(".tmp")
     partial.write_text(html)
     os.replace(partial, path)

@@ -20,10 +20,11 @@ from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row, references, score_labels, score_subjects, whole_brain_baseline
+from mstkd.evaluate.classification import CONVENTIONS, decide, print_accuracies, summarise_decisions, write_decisions
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.metrics import bounding_box
 from mstkd.evaluate.overlap import refuse, training_overlap
-from mstkd.evaluate.report import best_median_worst, case_pictures, draw_figures, write_report
+from mstkd.evaluate.report import best_median_worst, case_pictures, draw_class_figures, draw_figures, write_report
 from mstkd.subsets import possible_subsets, subset_name
 from mstkd.evaluate.scoring import conventions
 from mstkd.evaluate.source import CaseSource, split_subjects
@@ -54,17 +55,25 @@ def evaluate_on_ranks(run_dir: Path, data: Path | None = None, split: str = "tes
 def evaluate_run(
     run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, rank: int = 0, world: int = 1
 ) -> dict[str, Any]:
-    """Score a run's best weights for every subset of sequences and write `<run>/evaluation/`; returns summary.json.
+    """Score a run's best weights for every subset of sequences or views and write `<run>/evaluation/`; returns summary.json.
 
-    `data` is another shard set than the run's own. Raises UserError: no run, no such split, other sequences or
-    regions, cases that training saw (unless `allow_overlap` or the recipe's `data.allow_overlap`). Collective with
+    `data` is another shard set than the run's own. Raises UserError: no run, no such split, other sequences, regions
+    or classes, cases that training saw (unless `allow_overlap` or the recipe's `data.allow_overlap`). Collective with
     several ranks; rank 0 writes.
     """
-    run = open_run(run_dir)
+    run = open_run(run_dir, tasks=("segmentation", "classification"))
     source = CaseSource([ShardStore(data)]) if data else run.source
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
-    notes = conventions(run.config.evaluate) | _overlap_note(run, source, split, allow_overlap) | _untrained_note(run)
+    notes = _overlap_note(run, source, split, allow_overlap) | _untrained_note(run)
+    evaluate_subjects = _evaluate_classes if run.method.task == "classification" else _evaluate_volumes
+    return evaluate_subjects(run, source, split, subjects, notes, rank, world)
+
+
+def _evaluate_volumes(
+    run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], notes: dict[str, str], rank: int, world: int
+) -> dict[str, Any]:
+    notes = conventions(run.config.evaluate) | notes
     predictor, scheme = run.predictor(), run.facts.label_scheme
     networks = _networks(run)
     subsets = possible_subsets(source.sequences, run.method.subsets)
@@ -76,7 +85,7 @@ def evaluate_run(
         folder.mkdir(parents=True, exist_ok=True)
         _write_scores(folder, rows, summaries)
         write_json(folder / "cost.json", _cost(predictor))
-        facts = _facts(run, source, split, subjects, _write_baseline(folder, source, subjects))
+        facts = _facts(run, source, split, subjects) | _volume_facts(run, _write_baseline(folder, source, subjects))
         complete = set(source.complete(subjects))
         chosen = best_median_worst([row for row in rows if row.network == networks[0] and row.subject in complete])
         pictures = case_pictures(predictor, networks[0], source, chosen, scheme)
@@ -85,6 +94,32 @@ def evaluate_run(
         _track(run, folder, summaries)
         for network, summary in summaries.items():
             print_table(summary, f"{run.config.name}, {network}, {split} split of {source.dataset}, {len(subjects)} cases")
+        Console().print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return summaries[networks[0]]
+
+
+def _evaluate_classes(
+    run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], notes: dict[str, str], rank: int, world: int
+) -> dict[str, Any]:
+    notes = CONVENTIONS | notes
+    networks, classes = _networks(run), source.classification.classes
+    subsets = possible_subsets(source.sequences, run.method.subsets)
+    decisions = decide(run.method, networks, source, subjects, subsets, run.config.inference, run.placed(), rank, world)
+    name, fold = run.config.method["name"], run.config.data.fold
+    summaries = {
+        n: summarise_decisions([d for d in decisions if d.network == n], source.sequences, classes, name, split, fold, notes) for n in networks
+    }
+    if rank == 0:
+        folder = _folder(run, source, split)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_decisions(folder / "per_case.csv", decisions, classes)
+        _write_summaries(folder, summaries)
+        drawn = draw_class_figures(folder, summaries, decisions, classes)
+        title = f"Evaluation of {run.config.name}"
+        write_report(folder / "report.html", title, _facts(run, source, split, subjects), summaries, drawn, "classification.html.j2")
+        _track(run, folder, summaries)
+        for network, summary in summaries.items():
+            print_accuracies(summary, f"{run.config.name}, {network}, {split} split of {source.dataset}, {len(subjects)} cases")
         Console().print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     return summaries[networks[0]]
 
@@ -174,6 +209,8 @@ def _check_data(run: TrainedRun, source: CaseSource, split: str, subjects: Seque
     if source.sequences != run.facts.sequences:
         theirs, ours = ", ".join(source.sequences), ", ".join(run.facts.sequences)
         raise UserError(f"data set {source.dataset} has sequences {theirs}; the run was trained on {ours}, in that order")
+    if source.classification != run.facts.classification:
+        raise UserError(f"data set {source.dataset} has other classes, or views of another shape, than the run was trained on; build it the same way")
 
 
 def _overlap_note(run: TrainedRun, source: CaseSource, split: str, allowed: bool) -> dict[str, str]:
@@ -220,6 +257,10 @@ def _folder(run: TrainedRun, source: CaseSource, split: str) -> Path:
 
 def _write_scores(folder: Path, rows: Sequence[Row], summaries: dict[str, dict[str, Any]]) -> None:
     write_rows(folder / "per_case.csv", rows)
+    _write_summaries(folder, summaries)
+
+
+def _write_summaries(folder: Path, summaries: dict[str, dict[str, Any]]) -> None:
     for number, (network, summary) in enumerate(summaries.items()):
         write_json(folder / (f"summary_{network}.json" if number else "summary.json"), summary)
 
@@ -241,11 +282,16 @@ def _write_baseline(folder: Path, source: CaseSource, subjects: Sequence[str]) -
     return baseline
 
 
-def _facts(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], baseline: dict[str, Any] | None) -> dict[str, str]:
-    facts = {
+def _facts(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str]) -> dict[str, str]:
+    return {
         "method": run.config.method["name"],
         "data": f"{source.dataset}, {split} split, {len(subjects)} cases",
         "trained on": f"{run.dataset}, fold {run.config.data.fold}",
+    }
+
+
+def _volume_facts(run: TrainedRun, baseline: dict[str, Any] | None) -> dict[str, str]:
+    facts = {
         "window": f"{' x '.join(map(str, run.config.inference.window or run.config.data.crop))} voxels, overlap {run.config.inference.overlap:g}",
     }
     if baseline:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mstkd.data.sample import Sample
+from mstkd.data.sample import Sample, ViewSample
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
-from mstkd.shards.spec import LabelScheme
+from mstkd.shards.spec import Classification, LabelScheme
 
 SPLITS = ("test", "val", "train", "all")
 
@@ -35,11 +35,16 @@ class CaseSource:
         return self.stores[0].index.scheme
 
     @property
+    def classification(self) -> Classification | None:
+        """The views and classes of sets for classification; None: they hold volumes."""
+        return self.stores[0].index.classification
+
+    @property
     def dataset(self) -> str:
         """Names of the data sets, joined by "+"."""
         return "+".join(store.index.dataset for store in self.stores)
 
-    def subject(self, key: str) -> Sample:
+    def subject(self, key: str) -> Sample | ViewSample:
         """One stored case."""
         return self._store_of[key].subject(key)
 

@@ -8,15 +8,16 @@ from mstkd.config import RunConfig
 from mstkd.data.store import ShardStore
 from mstkd.engine.environment import Ranks
 from mstkd.errors import UserError
-from mstkd.evaluate.cases import score_subjects
+from mstkd.evaluate.cases import Row, score_subjects
+from mstkd.evaluate.classification import accuracies, decide
 from mstkd.evaluate.inference import Predictor
-from mstkd.subsets import parse_subset, possible_subsets, subset_name
+from mstkd.subsets import Subset, parse_subset, possible_subsets, subset_name
 from mstkd.evaluate.source import CaseSource
 from mstkd.methods import Method
 
 
 class Validation:
-    """Mean Dice of one network over validation cases; the same figures on every rank."""
+    """Mean Dice, or accuracy, of one network over validation cases; the same figures on every rank."""
 
     def __init__(self, config: RunConfig, stores: Sequence[ShardStore], ranks: Ranks, possible: Sequence[str] | None = None):
         """`possible`: see `Method.subsets`. Raises UserError if `validate.subsets` names an unknown sequence, or a subset not among these."""
@@ -31,7 +32,8 @@ class Validation:
 
     def __call__(self, method: Method, stopping: Callable[[], bool], network: str | None = None) -> dict[str, float] | None:
         """"score", the mean over subsets x regions, which selects the best checkpoint, and its parts
-        "dice_<region>" and "dice_<subset>"; None without validation cases. Collective.
+        "dice_<region>" and "dice_<subset>"; of a classification the mean accuracy over subsets and "accuracy_<subset>".
+        None without validation cases. Collective.
 
         `network`: by default the first that the method scores. One that `sees_all` is scored on complete input alone.
         `stopping`, collective too, is asked before each case; raises Stopped when it says so.
@@ -40,11 +42,22 @@ class Validation:
             return None
         network = network or method.scored[0]
         subsets = [(True,) * len(self.source.sequences)] if network in method.sees_all else self.subsets
+        if method.task == "classification":
+            return self._accuracy(method, network, subsets, stopping)
         predictor = Predictor(method, self.source.sequences, self.config.data.crop, self.config.inference, self.ranks.device)
         rows = score_subjects(
             predictor, (network,), self.source, self.subjects, subsets, self.source.label_scheme,
             rank=self.ranks.rank, world=self.ranks.world, stopping=stopping,
         )  # fmt: skip
+        return self._dice(rows)
+
+    def _accuracy(self, method: Method, network: str, subsets: Sequence[Subset], stopping: Callable[[], bool]) -> dict[str, float]:
+        shares = accuracies(decide(
+            method, (network,), self.source, self.subjects, subsets, self.config.inference, self.ranks.device, self.ranks.rank, self.ranks.world, stopping
+        ))  # fmt: skip
+        return {"score": float(np.mean(list(shares.values()))), **{f"accuracy_{name}": share for name, share in shares.items()}}
+
+    def _dice(self, rows: Sequence[Row]) -> dict[str, float]:
         cells: dict[tuple[str, str], list[float]] = {}
         for row in rows:
             cells.setdefault((row.subset, row.region), []).append(row.score.dice)

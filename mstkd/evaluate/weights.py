@@ -1,6 +1,7 @@
 """A trained run as it lies on disk: its recipe, its data, its method with the best weights."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.source import CaseSource
 from mstkd.methods import DataFacts, Method, build
 from mstkd.run_folder import read_record, read_run_config
-from mstkd.shards.spec import LabelScheme, scheme_of
+from mstkd.shards.spec import Classification, LabelScheme, scheme_of
 
 
 @dataclass(frozen=True)
@@ -37,28 +38,33 @@ class TrainedRun:
         """The run's own data. Raises UserError if the shards are not here."""
         return CaseSource(open_stores(self.config.data))
 
-    def predictor(self) -> Predictor:
-        """Whole-volume prediction on the GPU if there is one."""
+    def placed(self) -> torch.device:
+        """The GPU if there is one; the networks are moved there."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for network in self.method.networks.values():
             network.to(device)
-        return Predictor(self.method, self.facts.sequences, self.config.data.crop, self.config.inference, device)
+        return device
+
+    def predictor(self) -> Predictor:
+        """Whole-volume prediction on the GPU if there is one."""
+        return Predictor(self.method, self.facts.sequences, self.config.data.crop, self.config.inference, self.placed())
 
 
-def open_run(run_dir: Path, checkpoint: str = "best") -> TrainedRun:
+def open_run(run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("segmentation",)) -> TrainedRun:
     """The run in `run_dir` with its best weights, or those of another `checkpoint` of its last stage (latest, step-00000120).
 
-    Raises UserError: no run, no such checkpoint, another task.
+    Raises UserError: no run, no such checkpoint, a task that is none of `tasks`.
     """
     run_dir = Path(run_dir)
     config = read_run_config(run_dir)
     data = read_record(run_dir)["data"]
     declared = data["label_scheme"]
     scheme = LabelScheme.model_validate(declared) if isinstance(declared, dict) else declared
-    facts = DataFacts(tuple(data["sequences"]), scheme_of(scheme), config.data.crop)
+    views = data.get("classification")
+    facts = DataFacts(tuple(data["sequences"]), scheme_of(scheme), config.data.crop, views and Classification.model_validate(views))
     method = build(config.method, facts, config.origin)
-    if method.task != "segmentation":
-        raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; only segmentation can be evaluated and predicted")
+    if method.task not in tasks:
+        raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; this command takes runs of {' and '.join(tasks)}")
     loaded = load_networks(run_dir, method) if checkpoint == "best" else load_checkpoint(run_dir, method, checkpoint)
     loaded |= load_given(run_dir, method, config, loaded)
     networks = tuple(name for name in method.scored if name in loaded)

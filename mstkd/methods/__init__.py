@@ -13,11 +13,11 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from mstkd.batch import Batch, Progress, StepOutput
+from mstkd.batch import Batch, Progress, StepOutput, ViewBatch
 from mstkd.config import AvailabilityConfig, IntensityConfig, OptimizerConfig, ScheduleConfig
 from mstkd.errors import UserError
 from mstkd.recipe import validate_section
-from mstkd.shards.spec import LabelScheme
+from mstkd.shards.spec import Classification, LabelScheme
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class DataFacts:
 
     sequences: tuple[str, ...]  # in channel order, e.g. ("flair", "t1", "t1ce", "t2")
     label_scheme: LabelScheme | None
-    crop: tuple[int, int, int]  # training crop (X, Y, Z) in voxels
+    crop: tuple[int, int, int] | None  # training crop (X, Y, Z) in voxels; None: views have none
+    classification: Classification | None = None  # the views, which are then the sequences, and the classes; None: volumes
 
 
 class RoleStep(nn.Module):
@@ -36,7 +37,7 @@ class RoleStep(nn.Module):
     (keep them in a tuple); the engine freezes those a role borrows while the role runs.
     """
 
-    def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
+    def forward(self, batch: Batch | ViewBatch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
         raise NotImplementedError
 
 
@@ -113,12 +114,15 @@ class Method(ABC):
         return {}
 
     @abstractmethod
-    def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
-        """Logits (B, K, X, Y, Z) of `network` for image (B, M, X, Y, Z), hidden sequences already filled; available (B, M) bool."""
+    def predict(self, image: Tensor | dict[str, Tensor], available: Tensor, network: str = "student") -> Tensor:
+        """Logits (B, K, X, Y, Z) of `network` for image (B, M, X, Y, Z), hidden sequences already filled; available (B, M) bool.
+
+        Classification: logits (B, K) of the K classes for views by name, each (B, ...) as in ViewBatch.
+        """
 
     @abstractmethod
     def to_labels(self, logits: Tensor) -> Tensor:
-        """Label map (B, X, Y, Z) uint8 in the data's label scheme from logits (B, K, X, Y, Z)."""
+        """Label map (B, X, Y, Z) uint8 in the data's label scheme from logits (B, K, X, Y, Z); classification: classes (B,)."""
 
     @classmethod
     def check_crop(cls, config: BaseModel, crop: tuple[int, int, int], key: str = "data.crop") -> None:
@@ -158,5 +162,8 @@ def resolve(section: dict, origin: dict[str, str] | None = None) -> dict:
 def build(section: dict, facts: DataFacts, origin: dict[str, str] | None = None) -> Method:
     """The method described by a recipe's `method:` section; raises UserError where it cannot be built."""
     method, config = load(section["name"]), read_config(section, origin)
+    if (method.task == "classification") != (facts.classification is not None):
+        held = "volumes, not views with classes" if facts.classification is None else f"views of {' and '.join(facts.sequences)}, not volumes"
+        raise UserError(f"method.name: {section['name']} is for {method.task}, and the shard set holds {held}; choose another of the two")
     method.check_crop(config, facts.crop)
     return method(config, facts)

@@ -67,7 +67,7 @@ class RoleEngine:
         Raises UserError under `train.deterministic` at an operation that cannot be deterministic, as `backward` does.
         """
         self._engine.module.train()
-        with self._determinism_asked_for(batch.image.device):
+        with self._determinism_asked_for(batch.available.device):
             return self._engine(batch, carry, progress)
 
     def backward(self, loss: Tensor) -> None:
