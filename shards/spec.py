@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 FORMAT_VERSION = 1
 IMAGE, BRAIN, LABEL, META = "image.npy", "brain.npy", "label.npy", "meta.json"  # members of a subject, in this order
@@ -166,6 +166,12 @@ class ShardIndex(Strict):
     extra_members: tuple[str, ...] = ()
     classification: Classification | None = None  # of a set of views; None: of volumes
     shards: tuple[ShardEntry, ...]
+
+    @model_serializer(mode="wrap")
+    def _volumes_as_ever(self, write: SerializerFunctionWrapHandler) -> dict:
+        """A set of volumes has the same index.json, and so the same digest, as before there were views."""
+        values = write(self)
+        return {key: value for key, value in values.items() if key != "classification" or value is not None}
 
     @property
     def scheme(self) -> LabelScheme | None:
