@@ -199,6 +199,9 @@ class InferenceConfig(Section):
     window: tuple[int, int, int] | None = None  # default: the training crop
     overlap: float = Field(0.5, ge=0, lt=1)
     batch: int = Field(1, ge=1)  # windows per forward
+    blend: Literal["gaussian", "uniform"] = "gaussian"  # weights of a window's voxels
+    average: Literal["logits", "probabilities"] = "logits"  # what is averaged over windows; probabilities: of each channel by itself
+    postprocess: Literal["none", "cc+et", "cc+cluster+et"] = "none"  # of tumour label maps, see mstkd/evaluate/postprocess.py
     precision: Precision | None = None  # default: as in training
 
 

@@ -37,7 +37,9 @@ from mstkd.track import open_evaluation
 log = logging.getLogger(__name__)
 
 
-def evaluate_on_ranks(run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False) -> None:
+def evaluate_on_ranks(
+    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, postprocess: str | None = None
+) -> None:
     """`evaluate_run`, cases shared out over the ranks that a launcher started."""
     ranks = resolve_environment()
     log_to_console(ranks.rank)
@@ -45,25 +47,28 @@ def evaluate_on_ranks(run_dir: Path, data: Path | None = None, split: str = "tes
         backend.start(ranks)
     try:
         with agreed(ranks):
-            evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world)
+            evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world, postprocess)
     finally:
         backend.shutdown()
 
 
 def evaluate_run(
-    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, rank: int = 0, world: int = 1
-) -> dict[str, Any]:
+    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, rank: int = 0, world: int = 1,
+    postprocess: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Score a run's best weights for every subset of sequences and write `<run>/evaluation/`; returns summary.json.
 
-    `data` is another shard set than the run's own. Raises UserError: no run, no such split, other sequences or
+    `data` is another shard set than the run's own, `postprocess` another rule than its `inference.postprocess`. Raises UserError: no run, no such split, other sequences or
     regions, cases that training saw (unless `allow_overlap` or the recipe's `data.allow_overlap`). Collective with
     several ranks; rank 0 writes.
     """
-    run = open_run(run_dir)
+    run = open_run(run_dir).postprocessed(postprocess)
     source = CaseSource([ShardStore(data)]) if data else run.source
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
     notes = conventions(run.config.evaluate) | _overlap_note(run, source, split, allow_overlap) | _untrained_note(run)
+    if run.config.inference.postprocess != "none":
+        notes["postprocess"] = f"label maps cleared up by {run.config.inference.postprocess} before scoring"
     predictor, scheme = run.predictor(), run.facts.label_scheme
     networks = _networks(run)
     subsets = possible_subsets(source.sequences, run.method.subsets)
@@ -71,7 +76,7 @@ def evaluate_run(
     name, fold = run.config.method["name"], run.config.data.fold
     summaries = {n: summarise([row for row in rows if row.network == n], source.sequences, name, split, fold, notes) for n in networks}
     if rank == 0:
-        folder = _folder(run, source, split)
+        folder = _folder(run, source, split, postprocess)
         folder.mkdir(parents=True, exist_ok=True)
         _write_scores(folder, rows, summaries)
         facts = _facts(run, source, split, subjects, _write_baseline(folder, source, subjects))
@@ -191,7 +196,7 @@ def _untrained_note(run: TrainedRun) -> dict[str, str]:
     patterns = {tuple(name in entry.sequences for name in sequences) for entry in entries}
     if method.complete_only:
         patterns = {(True,) * len(sequences)}
-    configs = [method.availability(stage) or run.config.data.availability for stage in method.stages]
+    configs = [method.availability(stage) or run.config.data.availability for stage in run.config.stages or method.stages]
     seen = {subset for config in configs for subset in Availability(config, sequences).possible(patterns)}
     never = [subset_name(sequences, subset) for subset in possible_subsets(sequences, method.subsets) if subset not in seen]
     if not never:
@@ -208,11 +213,13 @@ def _networks(run: TrainedRun) -> list[str]:
     return [name for name in run.networks if wanted is None or name in wanted]
 
 
-def _folder(run: TrainedRun, source: CaseSource, split: str) -> Path:
-    """evaluation/ for the run's own test split, evaluation/<data>-<split>/ for anything else."""
+def _folder(run: TrainedRun, source: CaseSource, split: str, postprocess: str | None) -> Path:
+    """evaluation/ for the run's own test split as its recipe says, evaluation/<data>-<split>[-<postprocess>]/ for anything else."""
     own, here = ([store.place for store in stores] for stores in (run.source.stores, source.stores))
     folder = run.folder / "evaluation"
     name = "+".join(place.rpartition("/")[2] for place in here)
+    if postprocess:
+        return folder / f"{name}-{split}-{postprocess}"
     return folder if own == here and split == "test" else folder / f"{name}-{split}"
 
 

@@ -1,14 +1,14 @@
 """A trained run as it lies on disk: its recipe, its data, its method with the best weights."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from mstkd.config import RunConfig
+from mstkd.config import InferenceConfig, RunConfig
 from mstkd.data.training import open_stores
 from mstkd.engine import averages, backend
 from mstkd.engine.checkpoint import STATE, damage, read_state
@@ -37,12 +37,20 @@ class TrainedRun:
         """The run's own data. Raises UserError if the shards are not here."""
         return CaseSource(open_stores(self.config.data))
 
+    def postprocessed(self, rule: str | None) -> "TrainedRun":
+        """The same run with another `inference.postprocess`; None: as its recipe says."""
+        if rule is None:
+            return self
+        inference = InferenceConfig.model_validate(self.config.inference.model_dump() | {"postprocess": rule})
+        return replace(self, config=self.config.model_copy(update={"inference": inference}))
+
     def predictor(self) -> Predictor:
         """Whole-volume prediction on the GPU if there is one."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for network in self.method.networks.values():
             network.to(device)
-        return Predictor(self.method, self.facts.sequences, self.config.data.crop, self.config.inference, device)
+        facts, config = self.facts, self.config
+        return Predictor(self.method, facts.sequences, config.data.crop, config.inference, device, facts.label_scheme)
 
 
 def open_run(run_dir: Path, checkpoint: str = "best") -> TrainedRun:
