@@ -19,7 +19,9 @@ from mstkd.engine import backend
 from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
+from mstkd.evaluate import features
 from mstkd.evaluate.cases import Row, references, score_labels, score_subjects, whole_brain_baseline
+from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.metrics import bounding_box
 from mstkd.evaluate.overlap import refuse, training_overlap
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_figures, write_report
@@ -58,9 +60,9 @@ def evaluate_run(
 ) -> dict[str, Any]:  # fmt: skip
     """Score a run's best weights for every subset of sequences and write `<run>/evaluation/`; returns summary.json.
 
-    `data` is another shard set than the run's own, `postprocess` another rule than its `inference.postprocess`. Raises UserError: no run, no such split, other sequences or
-    regions, cases that training saw (unless `allow_overlap` or the recipe's `data.allow_overlap`). Collective with
-    several ranks; rank 0 writes.
+    `data` is another shard set than the run's own, `postprocess` another rule than its `inference.postprocess`. Raises
+    UserError: no run, no such split, other sequences or regions, cases that training saw (unless `allow_overlap` or the
+    recipe's `data.allow_overlap`). Collective with several ranks; rank 0 writes.
     """
     run = open_run(run_dir).postprocessed(postprocess)
     source = CaseSource([ShardStore(data)]) if data else run.source
@@ -83,8 +85,9 @@ def evaluate_run(
         complete = set(source.complete(subjects))
         chosen = best_median_worst([row for row in rows if row.network == networks[0] and row.subject in complete])
         pictures = case_pictures(predictor, networks[0], source, chosen, scheme)
+        drawn = draw_figures(folder, summaries, pictures) | _draw_features(folder, run, source, sorted(complete), predictor)
         facts["pictured"] = ", ".join(f"{rank} {subject}" for rank, subject in chosen.items())
-        write_report(folder / "report.html", f"Evaluation of {run.config.name}", facts, summaries, draw_figures(folder, summaries, pictures))
+        write_report(folder / "report.html", f"Evaluation of {run.config.name}", facts, summaries, drawn)
         _track(run, folder, summaries)
         for network, summary in summaries.items():
             print_table(summary, f"{run.config.name}, {network}, {split} split of {source.dataset}, {len(subjects)} cases")
@@ -236,6 +239,19 @@ def _write_baseline(folder: Path, source: CaseSource, subjects: Sequence[str]) -
     baseline = whole_brain_baseline(source, subjects)
     write_json(folder / "baseline.json", {"whole_brain": {"WT": baseline}})
     return baseline
+
+
+def _draw_features(folder: Path, run: TrainedRun, source: CaseSource, subjects: Sequence[str], predictor: Predictor) -> dict[str, Path]:
+    """features.png and features.json, where the method has features of single sequences; caption -> path."""
+    sets = features.collect(predictor, source, subjects)
+    if not sets:
+        return {}
+    found = features.draw(sets, source.sequences, folder / "features.png")
+    write_json(folder / "features.json", found)
+    for kind, score in found.items():
+        text = f"{kind} features: their sequence is named in {percent(score['accuracy'])} % of {score['n']}, chance {percent(score['chance'])} %"
+        Console().print(text, highlight=False)
+    return {"Features of single sequences; how often a classifier that saw other subjects names the sequence": folder / "features.png"}
 
 
 def _facts(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], baseline: dict[str, Any] | None) -> dict[str, str]:
