@@ -74,8 +74,13 @@ class AvailabilityConfig(Section):
     kind: Literal["uniform", "size_first", "rising", "fixed", "natural"] = "uniform"
     """uniform: every non-empty subset equally likely. size_first: first how many, then which. rising: everything at first; the
     share of items with a uniform draw grows over `ramp_epochs`. fixed: one of `subsets`. natural: nothing is hidden."""
-    subsets: list[str] = []  # of kind fixed, e.g. ["t1", "t1+t2"]
+    subsets: list[str] = []  # of kind fixed, e.g. ["t1", "t1+t2"], or one by its name
     ramp_epochs: float = Field(20.0, gt=0)  # of kind rising
+
+    @field_validator("subsets", mode="before")
+    @classmethod
+    def _one_by_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _listed(self) -> "AvailabilityConfig":

@@ -27,7 +27,7 @@ def alignment(
     for (sample, sequence), feature in zip(pairs, shared.unbind(), strict=True):
         samples.setdefault(sample, {})[sequence] = feature
     ring = [(m, (m + 1) % sequences) for m in range(sequences)]
-    total = shared.new_zeros(())
+    total = 0 * shared.mean()  # in the graph even without a pair: under ZeRO-3 every rank's backward pass must meet the same modules
     for features in samples.values():
         chosen = [pair for pair in ring if features.keys() >= set(pair)] if cyclic else list(combinations(features, 2))
         for one, other in chosen:
