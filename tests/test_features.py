@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from small_shaspec import NETWORK
+from small_shaspec import NETWORK, make
 from trained_run import make_run, write_run
 
 from mstkd.bench.cost import bench_cost
@@ -55,8 +55,6 @@ def test_an_evaluation_draws_them_where_the_method_has_some(tmp_path):
 
 
 def test_features_are_of_the_sequences_that_are_there():
-    from small_shaspec import make
-
     method, image = make(), torch.randn(1, 4, 64, 32, 16)
     vectors, sequences = method.features(image, torch.tensor([[False, True, False, True]]))["shared"]
     assert vectors.shape == (2, 16) and sequences == [1, 3]
