@@ -57,6 +57,29 @@ def step(
     _show(bench_step(Settings(crop=PUBLISHED_CROP if full else _shape(crop, "--crop"), rounds=rounds), _say), json)
 
 
+@bench.command()
+def cost(
+    recipe: Annotated[list[str], typer.Option(help="A recipe; give several to compare them, ratios are to the first.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dotted recipe keys to change in all of them.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.")] = None,
+    given: Annotated[str, typer.Option(metavar="SUBSET", help="The sequences that the student sees.")] = "flair+t1+t1ce+t2",
+    iterations: Annotated[int, typer.Option(min=1, help="Timed ones, of training and of test.")] = 30,
+) -> None:
+    """What recipes cost: time of a training and of a test iteration, peak memory, parameters. Random data, batch 1, one rank.
+
+    Example: mstkd bench cost --recipe shaspec_brats2018 --recipe mst_kdnet_brats2024 --json cost.json
+
+    Example: mstkd bench cost --recipe shaspec_phantom --recipe mst_kdnet_phantom --given flair data.crop=[64,64,32]
+    """
+    _check_file(json)
+    from mstkd.bench.cost import bench_cost
+    from mstkd.config import load_config
+
+    for name in recipe:
+        load_config(name, overrides or [])  # a wrong key is said at once
+    _show(bench_cost(recipe, overrides or [], given, iterations, _say), json)
+
+
 def _check_file(json: Path | None) -> None:
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
         raise UserError(f"--json {json}: not a file in a folder that exists; create the folder, or give another name")

@@ -33,6 +33,9 @@ app.add_typer(shards, name="shards")
 app.add_typer(mlflow, name="mlflow")
 app.add_typer(bench, name="bench")
 
+Postprocess = Annotated[
+    Literal["none", "cc+et", "cc+cluster+et"] | None, typer.Option(help="Clear up tumour label maps. Default: inference.postprocess of the run.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/mst_kdnet_phantom.")]
 
 
@@ -108,6 +111,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Another shard set than the run's own.")] = None,
     split: Annotated[str, typer.Option(help="Which subjects of it: test or val.")] = "test",
     allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Score cases that training saw; the report says so.")] = False,
+    postprocess: Postprocess = None,
     pred: Annotated[Path | None, typer.Option(help="Instead of RUN: a folder of predicted label maps.")] = None,
     ref: Annotated[Path | None, typer.Option(help="With --pred: the folder of reference label maps.")] = None,
     spec: Annotated[str | None, typer.Option(help="With --pred: the data set spec that names files and labels.")] = None,
@@ -124,10 +128,12 @@ def evaluate(
     if run is not None:
         from mstkd.evaluate.run import evaluate_on_ranks
 
-        evaluate_on_ranks(run, data, split, allow_overlap)
+        evaluate_on_ranks(run, data, split, allow_overlap, postprocess)
     else:
         if ref is None or spec is None:
             raise UserError("mstkd evaluate --pred: --ref DIR and --spec NAME are needed too")
+        if postprocess:
+            raise UserError("mstkd evaluate --pred: label maps are scored as they are; give --postprocess to mstkd predict")
         from mstkd.evaluate.run import evaluate_predictions
 
         evaluate_predictions(pred, ref, spec, out or pred / "evaluation")
@@ -139,6 +145,7 @@ def predict(
     input: Annotated[Path, typer.Option(help="Folder of NIfTI cases with any subset of the sequences.")],
     output: Annotated[Path, typer.Option(help="Folder to create for the label maps.")],
     spec: Annotated[str | None, typer.Option(help="How files are named. Default: as in the run's data set.")] = None,
+    postprocess: Postprocess = None,
 ) -> None:
     """Predict label maps for NIfTI cases, on their original grid.
 
@@ -146,7 +153,7 @@ def predict(
     """
     from mstkd.predict import predict_folder
 
-    written = predict_folder(run, input, output, spec)
+    written = predict_folder(run, input, output, spec, postprocess)
     typer.echo(f"wrote {len(written)} label maps to {output}")
 
 

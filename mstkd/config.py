@@ -76,8 +76,13 @@ class AvailabilityConfig(Section):
     kind: Literal["uniform", "size_first", "rising", "fixed", "natural"] = "uniform"
     """uniform: every non-empty subset equally likely. size_first: first how many, then which. rising: everything at first; the
     share of items with a uniform draw grows over `ramp_epochs`. fixed: one of `subsets`. natural: nothing is hidden."""
-    subsets: list[str] = []  # of kind fixed, e.g. ["t1", "t1+t2"]
+    subsets: list[str] = []  # of kind fixed, e.g. ["t1", "t1+t2"], or one by its name
     ramp_epochs: float = Field(20.0, gt=0)  # of kind rising
+
+    @field_validator("subsets", mode="before")
+    @classmethod
+    def _one_by_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _listed(self) -> "AvailabilityConfig":
@@ -209,6 +214,9 @@ class InferenceConfig(Section):
     window: tuple[int, int, int] | None = None  # default: the training crop
     overlap: float = Field(0.5, ge=0, lt=1)
     batch: int = Field(1, ge=1)  # windows per forward
+    blend: Literal["gaussian", "uniform"] = "gaussian"  # weights of a window's voxels
+    average: Literal["logits", "probabilities"] = "logits"  # what is averaged over windows; probabilities: of each channel by itself
+    postprocess: Literal["none", "cc+et", "cc+cluster+et"] = "none"  # of tumour label maps, see mstkd/evaluate/postprocess.py
     precision: Precision | None = None  # default: as in training
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -61,6 +61,8 @@ class _Made(TorchDispatchMode):
         self._storages: list[weakref.ref] = []
 
     def __torch_dispatch__(self, operation: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+        if operation is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor) and args[0].dtype == torch.bool:
+            return True  # a method asks what is available before it computes: in the dry batch everything is
         result = operation(*args, **(kwargs or {}))
         self._storages += [weakref.ref(leaf.untyped_storage()) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         return result

@@ -15,24 +15,23 @@ from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.subsets import subset_name
 from mstkd.evaluate.weights import open_run
 from mstkd.shards.dataset import Case, DatasetSpec, Volume, known_specs, load_spec
-from mstkd.shards.geometry import restore, restore_scores
 from mstkd.shards.preprocess import preprocess
 from mstkd.shards.raw_case import check_headers, grid_sequence
 
 
-def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = None) -> list[Path]:
+def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = None, postprocess: str | None = None) -> list[Path]:
     """Write <output>/<subject>.nii.gz for every case in `input`, and predictions.json (subject -> sequences used).
 
     The layout and file names of `input` are those of `spec`, by default of the run's own data set; any non-empty
     subset of sequences will do, labels are not looked at. Label maps are uint8 in the run's label scheme, on the
     grid of the case's first sequence (of the spec's `common_grid`, where it has one). If the spec resamples, the
-    networks' logits are interpolated on that grid and labels decided there. `output` appears when all is done. Raises
+    networks' logits are interpolated on that grid and labels decided there. `postprocess`: another rule than the run's own. `output` appears when all is done. Raises
     UserError: output exists, no case, an unreadable file, sequences of a case on different grids.
     """
     output = Path(output)
     if output.exists():
         raise UserError(f"{output}: exists already; choose another --output or remove it")
-    run = open_run(run_dir)
+    run = open_run(run_dir).postprocessed(postprocess)
     if spec is None and run.dataset not in known_specs():
         raise UserError(f"{run_dir}: its data set {run.dataset} has no packaged spec; say how files are named with --spec FILE")
     dataset = load_spec(spec or run.dataset, Path(input))
@@ -79,8 +78,4 @@ def _predict_case(predictor: Predictor, network: str, case: Case, dataset: Datas
     """The label map on the file's grid, and the subset it was made from."""
     stored = preprocess(replace(case, label=None), dataset, predictor.sequences)
     volume = predictor.volume(stored.image, stored.brain, stored.meta)
-    used = subset_name(predictor.sequences, volume.present)
-    if stored.meta.grid_shape is None:
-        return restore(predictor.labels(network, volume, volume.present), stored.meta), used
-    scores = predictor.logits(network, volume, volume.present)
-    return restore_scores(scores, stored.meta, predictor.decide), used
+    return predictor.file_labels(network, volume, volume.present), subset_name(predictor.sequences, volume.present)

@@ -15,7 +15,7 @@ from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import load_networks
-from mstkd.methods import DataFacts, build
+from mstkd.methods import DataFacts, build, load
 from mstkd.run_folder import record_attempt
 from mstkd.shards.build import build as build_shards
 from mstkd.shards.phantom import write_phantom
@@ -31,27 +31,27 @@ def make_run(root: Path) -> Path:
     return write_run(root, "toy", {"name": "toys.linear"})
 
 
-def write_run(root: Path, name: str, method: dict) -> Path:
-    """A run folder as training leaves it, with freshly built networks as its best weights."""
+def write_run(root: Path, name: str, method: dict, crop: tuple[int, int, int] = CROP) -> Path:
+    """A run folder as training leaves it, with freshly built networks as its best weights, of the method's last stage."""
     config = RunConfig.model_validate(
-        {"name": name, "runs_dir": str(root / "runs"), "method": method, "data": {"shards": str(root / "shards"), "crop": CROP},
+        {"name": name, "runs_dir": str(root / "runs"), "method": method, "data": {"shards": str(root / "shards"), "crop": crop},
          "train": {"global_batch": 1, "steps": 1}}
     )  # fmt: skip
-    best = config.run_dir / "distill" / "checkpoints" / "step-00000001"
+    best = config.run_dir / load(method["name"]).stages[-1] / "checkpoints" / "step-00000001"
     best.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved(config)))
     record_attempt(config, world_size=1)
-    built, _ = method_and_source(root / "shards", method)
+    built, _ = method_and_source(root / "shards", method, crop)
     weights = {f"{name}.{key}": value.clone() for name, net in built.networks.items() for key, value in net.state_dict().items()}
     save_file(weights, best / "both.safetensors")
     (best.parent / "best").write_text(best.name + "\n")
     return config.run_dir
 
 
-def method_and_source(shards, section=None):
+def method_and_source(shards, section=None, crop=CROP):
     source = CaseSource([ShardStore(Path(shards))])
     torch.manual_seed(0)
-    return build(section or {"name": "toys.linear"}, DataFacts(source.sequences, source.label_scheme, CROP)), source
+    return build(section or {"name": "toys.linear"}, DataFacts(source.sequences, source.label_scheme, crop)), source
 
 
 def predictor_and_source(shards, section=None, window=None):

@@ -71,8 +71,8 @@ class Report:
         return json.dumps(values, indent=1) + "\n"
 
     def tables(self) -> list[Table]:
-        """The figures, captioned with machine and versions, and the targets."""
-        return [self._figures(), self._targets()]
+        """The figures, captioned with machine and versions, and the targets if there are any."""
+        return [self._figures(), *([self._targets()] if self.targets else [])]
 
     def _figures(self) -> Table:
         others = list(dict.fromkeys(name for figure in self.figures for name in figure.versus))

@@ -17,7 +17,6 @@ from mstkd.evaluate.metrics import Reference, dice, region_masks
 from mstkd.subsets import Subset, subset_name
 from mstkd.evaluate.scoring import Score, score
 from mstkd.evaluate.source import CaseSource
-from mstkd.shards.geometry import restore_scores
 from mstkd.shards.spec import LabelScheme, SubjectMeta
 
 log = logging.getLogger(__name__)
@@ -123,10 +122,7 @@ def _score_case(predictor, networks, source, key, subsets, scheme, options) -> l
     rows = []
     for network in networks:
         for subset in _possible(subsets, volume.present):
-            if resampled:
-                labels = restore_scores(predictor.logits(network, volume, subset), meta, predictor.decide)
-            else:
-                labels = predictor.labels(network, volume, subset)
+            labels = (predictor.file_labels if resampled else predictor.labels)(network, volume, subset)
             scores = score_labels(truth, labels, scheme, options)
             name = subset_name(predictor.sequences, subset)
             rows += [Row(network, key, name, region, scores[region]) for region in scheme.regions]

@@ -14,12 +14,16 @@ from torch import Tensor
 
 from mstkd.config import InferenceConfig
 from mstkd.data.intensity import Intensity
-from mstkd.subsets import Subset
+from mstkd.errors import UserError
+from mstkd.evaluate.postprocess import postprocess
 from mstkd.methods import Method
-from mstkd.shards.spec import SubjectMeta
+from mstkd.shards.geometry import ras_spacing_mm, restore, restore_scores
+from mstkd.shards.spec import LabelScheme, SubjectMeta
+from mstkd.subsets import Subset
 
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+EPSILON = 1e-6  # probabilities stay so far from 0 and 1 when they become logits again
 
 
 @contextmanager
@@ -41,17 +45,21 @@ def predict_logits(
 ) -> Tensor:
     """Logits (1, K, X, Y, Z) of `network` for image (1, M, X, Y, Z), hidden sequences filled, and available (1, M) bool.
 
-    Logits of windows are blended with Gaussian weights. Each axis of the image must be at least as long as the
-    window's. Nothing is masked: a label outside the brain stays.
+    Logits of windows, or their sigmoids, are averaged with Gaussian or equal weights (`inference.average`, `.blend`). Each
+    axis of the image must be at least as long as the window's. Nothing is masked: a label outside the brain stays.
     """
+    probable = inference.average == "probabilities"
 
-    def logits(patch: Tensor) -> Tensor:
+    def scores(patch: Tensor) -> Tensor:
         with torch.autocast(patch.device.type, AUTOCAST.get(inference.precision), enabled=inference.precision in AUTOCAST):
-            return method.predict(patch, available.expand(len(patch), -1), network).float()
+            logits = method.predict(patch, available.expand(len(patch), -1), network).float()
+        return logits.sigmoid() if probable else logits
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using a non-tuple sequence")  # MONAI's, about its own indexing
-        return sliding_window_inference(image, tuple(window), inference.batch, logits, overlap=inference.overlap, mode="gaussian")
+        mode = {"gaussian": "gaussian", "uniform": "constant"}[inference.blend]
+        blended = sliding_window_inference(image, tuple(window), inference.batch, scores, overlap=inference.overlap, mode=mode)
+    return blended.logit(eps=EPSILON) if probable else blended
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,26 @@ class Volume:
     image: Tensor  # (1, M, X', Y', Z') float32
     present: Subset
     inner: tuple[slice, slice, slice]  # where the stored volume (X, Y, Z) lies in it
+    meta: SubjectMeta
 
 
 class Predictor:
     """A method's networks applied to whole volumes: normalisation, padding, window, hidden sequences."""
 
-    def __init__(self, method: Method, sequences: Sequence[str], crop: Sequence[int], inference: InferenceConfig, device: torch.device):
+    def __init__(
+        self, method: Method, sequences: Sequence[str], crop: Sequence[int], inference: InferenceConfig, device: torch.device,
+        scheme: LabelScheme | None = None,
+    ):  # fmt: skip
+        """`scheme`: of the method's label maps. Raises UserError where `inference.postprocess` does not fit it or the sequences."""
         self.method, self.sequences, self.inference, self.device = method, tuple(sequences), inference, device
+        self.scheme = scheme
         self.window = tuple(inference.window or crop)
         self.intensity = Intensity(method.intensity)
         self.seconds: dict[str, list[float]] = {}  # by network, of each whole-volume prediction
+        if inference.postprocess != "none" and (scheme is None or not {"WT", "TC", "ET"} <= scheme.regions.keys()):
+            raise UserError(f"inference.postprocess {inference.postprocess}: is for label maps of tumours (WT, TC, ET); set it to none")
+        if "cluster" in inference.postprocess and "t1ce" not in self.sequences:
+            raise UserError(f"inference.postprocess {inference.postprocess}: needs a sequence t1ce; the data has {', '.join(self.sequences)}; use cc+et")
 
     def volume(self, image: NDArray, brain: NDArray, meta: SubjectMeta) -> Volume:
         """The case of stored image (M, X, Y, Z), z-scored, and brain (X, Y, Z)."""
@@ -81,31 +99,44 @@ class Predictor:
         normalised = self.intensity.apply(padded.astype(np.float32), np.pad(brain, pads), meta, self.sequences)
         inner = tuple(slice(before, before + size) for (before, _), size in zip(pads, brain.shape, strict=True))
         return Volume(
-            torch.from_numpy(normalised)[None].to(self.device), tuple(name in meta.sequences for name in self.sequences), inner
+            torch.from_numpy(normalised)[None].to(self.device), tuple(name in meta.sequences for name in self.sequences), inner, meta
         )
 
     def labels(self, network: str, volume: Volume, subset: Subset) -> NDArray[np.uint8]:
-        """Label map (X, Y, Z) that `network` gives when only `subset` is visible; call it in `evaluation_mode`."""
-        return self._decide(self._logits(network, volume, subset))
+        """Label map (X, Y, Z) on the stored grid that `network` gives when only `subset` is visible; call it in `evaluation_mode`."""
+        return self._decide(self._scores(network, volume, subset), subset, volume.meta, volume.meta.spacing_mm)
 
-    def logits(self, network: str, volume: Volume, subset: Subset) -> NDArray[np.float32]:
-        """What `labels` decides on: (K, X, Y, Z)."""
-        return self._logits(network, volume, subset)[0].cpu().numpy()
+    def file_labels(self, network: str, volume: Volume, subset: Subset) -> NDArray[np.uint8]:
+        """As `labels`, on the grid and in the orientation of the case's file; for resampled cases decided there, from interpolated logits."""
+        meta = volume.meta
+        if meta.grid_shape is None:
+            return restore(self.labels(network, volume, subset), meta)
+        spacing_mm = ras_spacing_mm(np.asarray(meta.original_affine))
+        scores = self._scores(network, volume, subset).cpu().numpy()
+        return restore_scores(scores, meta, lambda finer: self._decide(torch.from_numpy(finer), subset, meta, spacing_mm))
 
-    def decide(self, logits: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Label map (X, Y, Z) of logits (K, X, Y, Z), which may have been resampled."""
-        return self._decide(torch.from_numpy(logits)[None])
-
-    def _logits(self, network: str, volume: Volume, subset: Subset) -> Tensor:
+    def _scores(self, network: str, volume: Volume, subset: Subset) -> Tensor:
+        """What labels are decided on: logits (K, X, Y, Z) and, where the post-processing looks at it, T1ce behind them."""
         available = torch.tensor([subset], device=self.device)
         # where, not multiplication: NaN in a hidden voxel must not reach the network
         visible = torch.where(available[:, :, None, None, None], volume.image, self.intensity.hidden_value)
         began = time.perf_counter()
-        logits = predict_logits(self.method, network, visible, available, self.window, self.inference)[..., *volume.inner]
+        scores = predict_logits(self.method, network, visible, available, self.window, self.inference)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds.setdefault(network, []).append(time.perf_counter() - began)
-        return logits
+        if self._clusters(subset):
+            scores = torch.cat([scores, visible[:, [self.sequences.index("t1ce")]]], 1)
+        return scores[0, ..., *volume.inner]
 
-    def _decide(self, logits: Tensor) -> NDArray[np.uint8]:
-        return self.method.to_labels(logits)[0].to("cpu", torch.uint8).numpy()
+    def _decide(self, scores: Tensor, subset: Subset, meta: SubjectMeta, spacing_mm: Sequence[float]) -> NDArray[np.uint8]:
+        """Label map (X, Y, Z) of `_scores` over the case's box, which may have been resampled to `spacing_mm`."""
+        logits, t1ce = (scores[:-1], scores[-1].cpu().numpy()) if self._clusters(subset) else (scores, None)
+        labels = self.method.to_labels(logits[None])[0].to("cpu", torch.uint8).numpy()
+        if self.inference.postprocess == "none":
+            return labels
+        bottom_mm = meta.crop_box[2][0] * meta.spacing_mm[2]
+        return postprocess(labels, self.scheme, spacing_mm, bottom_mm, t1ce)
+
+    def _clusters(self, subset: Subset) -> bool:
+        return "cluster" in self.inference.postprocess and subset[self.sequences.index("t1ce")]

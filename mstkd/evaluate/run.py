@@ -19,6 +19,7 @@ from mstkd.engine import backend
 from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
+from mstkd.evaluate import features
 from mstkd.evaluate.cases import Row, references, score_labels, score_subjects, whole_brain_baseline
 from mstkd.evaluate.classification import CONVENTIONS, decide, print_accuracies, summarise_decisions, write_decisions
 from mstkd.evaluate.inference import Predictor
@@ -39,7 +40,9 @@ from mstkd.track import open_evaluation
 log = logging.getLogger(__name__)
 
 
-def evaluate_on_ranks(run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False) -> None:
+def evaluate_on_ranks(
+    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, postprocess: str | None = None
+) -> None:
     """`evaluate_run`, cases shared out over the ranks that a launcher started."""
     ranks = resolve_environment()
     log_to_console(ranks.rank)
@@ -47,33 +50,37 @@ def evaluate_on_ranks(run_dir: Path, data: Path | None = None, split: str = "tes
         backend.start(ranks)
     try:
         with agreed(ranks):
-            evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world)
+            evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world, postprocess)
     finally:
         backend.shutdown()
 
 
 def evaluate_run(
-    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, rank: int = 0, world: int = 1
-) -> dict[str, Any]:
+    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, rank: int = 0, world: int = 1,
+    postprocess: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Score a run's best weights for every subset of sequences or views and write `<run>/evaluation/`; returns summary.json.
 
-    `data` is another shard set than the run's own. Raises UserError: no run, no such split, other sequences, regions
-    or classes, cases that training saw (unless `allow_overlap` or the recipe's `data.allow_overlap`). Collective with
-    several ranks; rank 0 writes.
+    `data` is another shard set than the run's own, `postprocess` another rule than its `inference.postprocess`. Raises
+    UserError: no run, no such split, other sequences, regions or classes, cases that training saw (unless `allow_overlap`
+    or the recipe's `data.allow_overlap`). Collective with several ranks; rank 0 writes.
     """
-    run = open_run(run_dir, tasks=("segmentation", "classification"))
+    run = open_run(run_dir, tasks=("segmentation", "classification")).postprocessed(postprocess)
     source = CaseSource([ShardStore(data)]) if data else run.source
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
     notes = _overlap_note(run, source, split, allow_overlap) | _untrained_note(run)
+    folder = _folder(run, source, split, postprocess)
     evaluate_subjects = _evaluate_classes if run.method.task == "classification" else _evaluate_volumes
-    return evaluate_subjects(run, source, split, subjects, notes, rank, world)
+    return evaluate_subjects(run, source, split, subjects, folder, notes, rank, world)
 
 
 def _evaluate_volumes(
-    run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], notes: dict[str, str], rank: int, world: int
+    run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], folder: Path, notes: dict[str, str], rank: int, world: int
 ) -> dict[str, Any]:
     notes = conventions(run.config.evaluate) | notes
+    if run.config.inference.postprocess != "none":
+        notes["postprocess"] = f"label maps cleared up by {run.config.inference.postprocess} before scoring"
     predictor, scheme = run.predictor(), run.facts.label_scheme
     networks = _networks(run)
     subsets = possible_subsets(source.sequences, run.method.subsets)
@@ -81,7 +88,6 @@ def _evaluate_volumes(
     name, fold = run.config.method["name"], run.config.data.fold
     summaries = {n: summarise([row for row in rows if row.network == n], source.sequences, name, split, fold, notes) for n in networks}
     if rank == 0:
-        folder = _folder(run, source, split)
         folder.mkdir(parents=True, exist_ok=True)
         _write_scores(folder, rows, summaries)
         write_json(folder / "cost.json", _cost(predictor))
@@ -89,8 +95,9 @@ def _evaluate_volumes(
         complete = set(source.complete(subjects))
         chosen = best_median_worst([row for row in rows if row.network == networks[0] and row.subject in complete])
         pictures = case_pictures(predictor, networks[0], source, chosen, scheme)
+        drawn = draw_figures(folder, summaries, pictures) | _draw_features(folder, run, source, sorted(complete), predictor)
         facts["pictured"] = ", ".join(f"{rank} {subject}" for rank, subject in chosen.items())
-        write_report(folder / "report.html", f"Evaluation of {run.config.name}", facts, summaries, draw_figures(folder, summaries, pictures))
+        write_report(folder / "report.html", f"Evaluation of {run.config.name}", facts, summaries, drawn)
         _track(run, folder, summaries)
         for network, summary in summaries.items():
             print_table(summary, f"{run.config.name}, {network}, {split} split of {source.dataset}, {len(subjects)} cases")
@@ -99,8 +106,10 @@ def _evaluate_volumes(
 
 
 def _evaluate_classes(
-    run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], notes: dict[str, str], rank: int, world: int
+    run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], folder: Path, notes: dict[str, str], rank: int, world: int
 ) -> dict[str, Any]:
+    if run.config.inference.postprocess != "none":
+        raise UserError(f"inference.postprocess {run.config.inference.postprocess}: is for label maps of tumours (WT, TC, ET); set it to none")
     notes = CONVENTIONS | notes
     networks, classes = _networks(run), source.classification.classes
     subsets = possible_subsets(source.sequences, run.method.subsets)
@@ -110,7 +119,6 @@ def _evaluate_classes(
         n: summarise_decisions([d for d in decisions if d.network == n], source.sequences, classes, name, split, fold, notes) for n in networks
     }
     if rank == 0:
-        folder = _folder(run, source, split)
         folder.mkdir(parents=True, exist_ok=True)
         write_decisions(folder / "per_case.csv", decisions, classes)
         _write_summaries(folder, summaries)
@@ -230,7 +238,7 @@ def _untrained_note(run: TrainedRun) -> dict[str, str]:
     patterns = {tuple(name in entry.sequences for name in sequences) for entry in entries}
     if method.complete_only:
         patterns = {(True,) * len(sequences)}
-    configs = [method.availability(stage) or run.config.data.availability for stage in method.stages]
+    configs = [method.availability(stage) or run.config.data.availability for stage in run.config.stages or method.stages]
     seen = {subset for config in configs for subset in Availability(config, sequences).possible(patterns)}
     never = [subset_name(sequences, subset) for subset in possible_subsets(sequences, method.subsets) if subset not in seen]
     if not never:
@@ -247,11 +255,13 @@ def _networks(run: TrainedRun) -> list[str]:
     return [name for name in run.networks if wanted is None or name in wanted]
 
 
-def _folder(run: TrainedRun, source: CaseSource, split: str) -> Path:
-    """evaluation/ for the run's own test split, evaluation/<data>-<split>/ for anything else."""
+def _folder(run: TrainedRun, source: CaseSource, split: str, postprocess: str | None) -> Path:
+    """evaluation/ for the run's own test split as its recipe says, evaluation/<data>-<split>[-<postprocess>]/ for anything else."""
     own, here = ([store.place for store in stores] for stores in (run.source.stores, source.stores))
     folder = run.folder / "evaluation"
     name = "+".join(place.rpartition("/")[2] for place in here)
+    if postprocess:
+        return folder / f"{name}-{split}-{postprocess}"
     return folder if own == here and split == "test" else folder / f"{name}-{split}"
 
 
@@ -280,6 +290,19 @@ def _write_baseline(folder: Path, source: CaseSource, subjects: Sequence[str]) -
     baseline = whole_brain_baseline(source, subjects)
     write_json(folder / "baseline.json", {"whole_brain": {"WT": baseline}})
     return baseline
+
+
+def _draw_features(folder: Path, run: TrainedRun, source: CaseSource, subjects: Sequence[str], predictor: Predictor) -> dict[str, Path]:
+    """features.png and features.json, where the method has features of single sequences; caption -> path."""
+    sets = features.collect(predictor, source, subjects)
+    if not sets:
+        return {}
+    found = features.draw(sets, source.sequences, folder / "features.png")
+    write_json(folder / "features.json", found)
+    for kind, score in found.items():
+        text = f"{kind} features: their sequence is named in {percent(score['accuracy'])} % of {score['n']}, chance {percent(score['chance'])} %"
+        Console().print(text, highlight=False)
+    return {"Features of single sequences; how often a classifier that saw other subjects names the sequence": folder / "features.png"}
 
 
 def _facts(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str]) -> dict[str, str]:

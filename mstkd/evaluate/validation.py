@@ -44,7 +44,8 @@ class Validation:
         subsets = [(True,) * len(self.source.sequences)] if network in method.sees_all else self.subsets
         if method.task == "classification":
             return self._accuracy(method, network, subsets, stopping)
-        predictor = Predictor(method, self.source.sequences, self.config.data.crop, self.config.inference, self.ranks.device)
+        config = self.config
+        predictor = Predictor(method, self.source.sequences, config.data.crop, config.inference, self.ranks.device, self.source.label_scheme)
         rows = score_subjects(
             predictor, (network,), self.source, self.subjects, subsets, self.source.label_scheme,
             rank=self.ranks.rank, world=self.ranks.world, stopping=stopping,

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from mstkd.config import RunConfig
+from mstkd.config import InferenceConfig, RunConfig
 from mstkd.data.training import open_stores
 from mstkd.engine import averages, backend
 from mstkd.engine.checkpoint import STATE, damage, read_state
@@ -38,6 +38,13 @@ class TrainedRun:
         """The run's own data. Raises UserError if the shards are not here."""
         return CaseSource(open_stores(self.config.data))
 
+    def postprocessed(self, rule: str | None) -> "TrainedRun":
+        """The same run with another `inference.postprocess`; None: as its recipe says."""
+        if rule is None:
+            return self
+        inference = InferenceConfig.model_validate(self.config.inference.model_dump() | {"postprocess": rule})
+        return replace(self, config=self.config.model_copy(update={"inference": inference}))
+
     def placed(self) -> torch.device:
         """The GPU if there is one; the networks are moved there."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +54,8 @@ class TrainedRun:
 
     def predictor(self) -> Predictor:
         """Whole-volume prediction on the GPU if there is one."""
-        return Predictor(self.method, self.facts.sequences, self.config.data.crop, self.config.inference, self.placed())
+        facts, config = self.facts, self.config
+        return Predictor(self.method, facts.sequences, config.data.crop, config.inference, self.placed(), facts.label_scheme)
 
 
 def open_run(run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("segmentation",)) -> TrainedRun:

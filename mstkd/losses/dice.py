@@ -1,4 +1,4 @@
-"""Soft Dice with squared denominators, per channel."""
+"""Soft Dice, per channel."""
 
 from torch import Tensor
 
@@ -15,3 +15,15 @@ def soft_dice(probability: Tensor, target: Tensor) -> Tensor:
     overlap = (probability * target).sum(voxels)
     size = probability.square().sum(voxels) + target.square().sum(voxels)
     return 1 - 2 * overlap / (size + EPSILON)
+
+
+def plain_dice(probability: Tensor, target: Tensor, reference: bool = False) -> Tensor:
+    """(K,) losses `1 - (2 sum(pg) + 1) / (sum(p) + sum(g) + 1)` of probability and target, both (B, K, X, Y, Z); mean over the batch.
+
+    The sums run over a sample's voxels. `reference`: as ShaSpec's released code (arXiv:2307.14126), without the 1 in the numerator: a
+    perfect prediction is then not 0, and an empty target gives 1 whatever is predicted, hence no gradient towards silence.
+    """
+    voxels = (2, 3, 4)
+    overlap = 2 * (probability * target).sum(voxels)
+    size = probability.sum(voxels) + target.sum(voxels)
+    return 1 - ((overlap + (0 if reference else 1)) / (size + 1)).mean(0)

@@ -124,6 +124,13 @@ class Method(ABC):
     def to_labels(self, logits: Tensor) -> Tensor:
         """Label map (B, X, Y, Z) uint8 in the data's label scheme from logits (B, K, X, Y, Z); classification: classes (B,)."""
 
+    def features(self, image: Tensor, available: Tensor) -> dict[str, tuple[Tensor, list[int]]]:
+        """Where a method has features of single sequences: kind -> vectors (N, C) float32 and the sequence (index) of each of the N.
+
+        For the figure of an evaluation; image and available as in `predict`.
+        """
+        return {}
+
     @classmethod
     def check_crop(cls, config: BaseModel, crop: tuple[int, int, int], key: str = "data.crop") -> None:
         """Raise UserError if the networks cannot take this crop, or the window `key`; called before anything heavy is built."""
