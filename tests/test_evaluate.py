@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from toys.linear import Linear
-from trained_run import CROP, make_run, method_and_source, on_ranks, predictor_and_source, write_run
+from trained_run import CROP, make_run, method_and_source, predictor_and_source, write_run
 
 from mstkd.config import ValidateConfig
 from mstkd.data.training import open_stores
@@ -110,10 +110,10 @@ def test_means_over_no_case_are_null_and_kinds_are_told_apart():
     assert summary["mean"]["ET"]["dice"] == 0.375 and summary["mean"]["ET"]["dice_nonempty"] == 0.25 and summary["mean"]["ET"]["n"] == 4
 
 
-def test_result_does_not_depend_on_the_rank_count(run, shards, two_ranks):
+def test_result_does_not_depend_on_the_rank_count(run, shards, one_rank, two_ranks):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["validate"]["subsets"] = ["flair", "t1+t1ce"]
-    alone, shared = on_ranks(str(shards), config), two_ranks.run("trained_run.py", "on_ranks", shards=str(shards), config=config)
+    (alone,), shared = (pool.run("trained_run.py", "on_ranks", shards=str(shards), config=config) for pool in (one_rank, two_ranks))
     assert shared[0] == shared[1] == alone
     assert len(alone[0]) == 5 * 2 * 4 * 3 and {row[1] for row in alone[0]} == set(list(read_index(shards).subjects())[:5])
     figures = alone[1]

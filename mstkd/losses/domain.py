@@ -16,7 +16,7 @@ from torch import Tensor
 def alignment(
     shared: Tensor, pairs: Sequence[tuple[int, int]], sequences: int, kind: Literal["l1", "mse", "kl"] = "l1", cyclic: bool = False
 ) -> Tensor:
-    """How far shared features (N, C, x, y, z) of one sample's sequences are from each other: M times the mean over pairs of sequences.
+    """How far shared features (N, C, ...) of one sample's sequences are from each other: M times the mean over pairs of sequences.
 
     Mean over the samples; a sample with one sequence counts 0. l1, mse: mean over a feature's elements. kl: of the softmax over the
     channels in each voxel, mean of both directions, mean over the voxels. `cyclic`: neighbours in a ring of all M only, as in the

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mstkd.batch import Progress, StepOutput, ViewBatch
 from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Section
 from mstkd.errors import UserError
-from mstkd.losses.shared_specific import distribution_alignment, domain_classification
+from mstkd.losses.domain import alignment, classification
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.models.shaspec_views import SharedSpecificClassifier
 
@@ -45,7 +45,9 @@ class ClassifyStep(RoleStep):
     def forward(self, batch: ViewBatch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
         logits, shared, domains = self.network(batch.visible(), batch.available)
         task = F.cross_entropy(logits.float(), batch.label)
-        dao, dco = distribution_alignment(shared, batch.available), domain_classification(domains, batch.available)
+        pairs, views = batch.available.nonzero().tolist(), batch.available.shape[1]
+        dao = alignment(shared[batch.available].float(), pairs, views)
+        dco = classification(domains[batch.available].float(), pairs)
         right = (logits.argmax(1) == batch.label).float().mean()
         scalars = {"cross_entropy": task.detach(), "dao": dao.detach(), "dco": dco.detach(), "accuracy": right}
         return StepOutput(task + self.weights.dao * dao + self.weights.dco * dco, scalars)
