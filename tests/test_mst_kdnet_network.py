@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small_mst_kdnet import NETWORK, START, make, make_batch, on_meta, parameters, shapes
 
 from mstkd.models.convolution import Conv3d, _statistics
@@ -51,13 +52,34 @@ def test_other_crops(crop, tokens, trained_on):
 
 @pytest.mark.parametrize(("crop", "tokens"), [((64, 64, 64), 64), ((48, 48, 48), 27), ((64, 32, 16), 8)])
 def test_one_down_sampling_fewer_has_eight_times_the_tokens(crop, tokens):
-    network = on_meta(crop=crop, first_stride=1)
+    network = on_meta(crop=crop, last_stride=1)
     with torch.device("meta"):
         features = network(torch.empty(1, 4, *crop))
     assert features.logits.shape == (1, 4, *crop) and network.tokens == tokens
     assert shapes(features.attention) == [(1, 12, tokens, tokens)] * 4
     assert shapes(features[1:4]) == [(1, 128, *(size // 4 for size in crop))] * 3
     assert parameters(network) - network.transformer.position.numel() == 154_334_148 - 92_160
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [16, 64])
+def test_a_small_map_alone_is_convolved_by_onednn_and_rightly(channels, stride, normalised):
+    """What PyTorch leaves to a slower form at one sample equals the double-precision layers, forward and backward."""
+    conv, norm = Conv3d(channels, 24, stride), torch.nn.GroupNorm(8, channels) if normalised else None
+    x, plain = torch.randn(1, channels, 8, 6, 10), torch.nn.Conv3d(channels, 24, 3, stride=stride, padding=1).double()
+    plain.load_state_dict(conv.state_dict())
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = conv(ours, norm)
+        out.square().sum().backward()
+    expected = plain(F.relu(F.group_norm(exact, 8)) if normalised else exact)
+    expected.square().sum().backward()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    for got, right in ((ours.grad, exact.grad), (conv.weight.grad, plain.weight.grad), (conv.bias.grad, plain.bias.grad)):
+        torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::mkldnn_convolution" in names and not any("slow_conv" in name for name in names)
 
 
 def test_published_width_computes():

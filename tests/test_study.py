@@ -10,16 +10,21 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
 from mstkd.config import RunConfig
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
+from mstkd.methods import DataFacts, build
 from mstkd.recipe import recipe_folder
+from mstkd.shards.spec import LABEL_SCHEMES
 from mstkd.study.cohort import prepare_cohort
 from mstkd.study.config import CohortConfig, load_study, merged, run_config
 
 MSTKD = Path(sys.executable).parent / "mstkd"
+SEQUENCES = ("flair", "t1", "t1ce", "t2")
 TESTS = Path(__file__).parent
 PACKAGED = sorted(path.stem for path in recipe_folder().glob("study_*.yaml"))
 DEADLINE_S = 600
@@ -49,6 +54,20 @@ def test_every_arm_of_a_packaged_study_is_a_recipe_with_the_same_budget(name):
     for arm in study.arms:
         assert RunConfig.model_validate(run_config(study, arm, "shards", "run", 1)).seed == 1
     assert study.cohort.test >= 48 and len(study.seeds) >= 3 and (study.method, study.baseline) == ("mst_kdnet", "student_only")
+
+
+def test_the_arm_of_equal_flops_has_as_many_as_teacher_and_student_together():
+    study, flops = load_study("study_phantom"), {}
+    for arm in ("student_only_equal_flops", "mst_kdnet"):
+        config = RunConfig.model_validate(run_config(study, arm, "shards", "run", 1))
+        with torch.device("meta"):
+            method = build(config.method, DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], config.data.crop))
+            image = torch.empty(1, 4, *config.data.crop)
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            for name in {"teacher", "student"} & method.networks.keys():
+                method.networks[name](image)
+        flops[arm] = counter.get_total_flops() * config.train.steps
+    assert flops["student_only_equal_flops"] == flops["mst_kdnet"]
 
 
 def test_sections_are_laid_over_each_other():

@@ -55,7 +55,7 @@ class NetworkConfig(Section):
     fuse_dropout: float = Field(0.2, ge=0, lt=1)  # where style and content are joined
     norm: Literal["batch", "instance"] = "batch"  # of the transformer's decoder
     bn_eval: Literal["running", "batch"] = "running"  # statistics of `norm: batch` in evaluation
-    first_stride: Literal[1, 2] = 2  # 1: one down-sampling fewer, for small crops; 16 instead of 32 voxels per token and axis
+    last_stride: Literal[1, 2] = 2  # 1: one down-sampling fewer, for small crops; 16 instead of 32 voxels per token and axis
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "NetworkConfig":
@@ -248,7 +248,7 @@ def student_input(batch: Batch, fill: Literal["zeros", "noise"]) -> Tensor:
 
 def check_divisible(network: NetworkConfig, size: tuple[int, int, int], key: str) -> None:
     """Raise UserError if the network cannot halve this size as often as it does."""
-    step = stride(network.first_stride)
+    step = stride(network.last_stride)
     if any(n % step for n in size):
         nearest = [-(-n // step) * step for n in size]
         raise UserError(f"{key} {list(size)}: each axis must be divisible by {step}; use {nearest}")
@@ -259,7 +259,7 @@ def say_tokens(tokens: int) -> None:
     """Once per process: how much the attention has to work with."""
     log.info("the transformer sees %d tokens per crop", tokens)
     if tokens < FEW_TOKENS:
-        log.warning("%d tokens per crop are few for attention to tell anything: use a larger data.crop or method.network.first_stride=1", tokens)
+        log.warning("%d tokens per crop are few for attention to tell anything: use a larger data.crop or method.network.last_stride=1", tokens)
 
 
 def _bce(logit: Tensor, truth: float) -> Tensor:

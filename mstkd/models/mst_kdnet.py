@@ -16,13 +16,13 @@ from mstkd.models.transformer_unet import PATCH, TransformerUNet, norm_factory
 STRIDE = 8 * PATCH  # image voxels per token and axis of the published network: what a crop must be divisible by
 
 
-def stride(first_stride: int = 2) -> int:
-    """Image voxels per token and axis where the first of the three down-samplings has this stride."""
-    return STRIDE * first_stride // 2
+def stride(last_stride: int = 2) -> int:
+    """Image voxels per token and axis where the last of the three down-samplings has this stride."""
+    return STRIDE * last_stride // 2
 
 
 class Features(NamedTuple):
-    """Everything that one network exposes to the losses; (x, y, z) = (X, Y, Z) / 8, or / 4 with first_stride 1."""
+    """Everything that one network exposes to the losses; (x, y, z) = (X, Y, Z) / 8, or / 4 with last_stride 1."""
 
     logits: Tensor  # (B, K, X, Y, Z)
     encoded: Tensor  # (B, 8w, x, y, z)
@@ -35,7 +35,7 @@ class Features(NamedTuple):
 class MSTKDNetwork(nn.Module):
     """Residual encoder, transformer U-module, style and content maps, residual decoder.
 
-    `crop` (X, Y, Z) sizes the position embedding; other inputs divisible by 32 resample it. `first_stride` 1 leaves the first
+    `crop` (X, Y, Z) sizes the position embedding; other inputs divisible by 32 resample it. `last_stride` 1 leaves the last
     down-sampling out, so that a small crop has eight times as many tokens.
     Published setting: the defaults, 4 inputs, 4 outputs, crop 160 x 192 x 128: 154,334,148 parameters.
     """
@@ -55,23 +55,24 @@ class MSTKDNetwork(nn.Module):
         fuse_dropout: float = 0.2,
         norm: Literal["batch", "instance"] = "batch",
         bn_eval: Literal["running", "batch"] = "running",
-        first_stride: Literal[1, 2] = 2,
+        last_stride: Literal[1, 2] = 2,
     ):
         super().__init__()
         w, w2, w4, w8 = (width * k for k in (1, 2, 4, 8))
-        grid = tuple(size // stride(first_stride) for size in crop)
+        self.last_stride = last_stride
+        grid = tuple(size // stride(last_stride) for size in crop)
         self.stem = nn.Sequential(Conv3d(in_channels, w), ResidualBlock(w))
-        self.down1 = nn.Sequential(Conv3d(w, w2, stride=first_stride), ResidualBlock(w2), ResidualBlock(w2))
+        self.down1 = nn.Sequential(Conv3d(w, w2, stride=2), ResidualBlock(w2), ResidualBlock(w2))
         self.down2 = Conv3d(w2, w4, stride=2)
         self.blocks2 = nn.Sequential(ResidualBlock(w4), ResidualBlock(w4))
-        self.down3 = Conv3d(w4, w8, stride=2)
+        self.down3 = Conv3d(w4, w8, stride=last_stride)
         self.transformer = TransformerUNet(
             width, decoder_width, grid, embed_dim, layers, heads, mlp_dim, dropout, norm_factory(norm, bn_eval)
         )
         self.bottleneck = nn.Sequential(*(ResidualBlock(w8) for _ in range(4)))
         self.style = nn.Conv3d(w4 + w8 + w8, w8, 1)
         self.fuse = nn.Sequential(nn.Conv3d(w8 + w8, w8, 1), nn.Dropout(fuse_dropout))
-        self.up2, self.up1, self.up0 = Up(w4), Up(w2), Up(w, first_stride)
+        self.up2, self.up1, self.up0 = Up(w4, last_stride), Up(w2), Up(w)
         self.head = nn.Conv3d(w, out_channels, 1)
 
     @property
@@ -80,7 +81,7 @@ class MSTKDNetwork(nn.Module):
         return math.prod(self.transformer.grid)
 
     def forward(self, image: Tensor) -> Features:
-        """Features of `image` (B, M, X, Y, Z), each axis divisible by `stride(first_stride)`."""
+        """Features of `image` (B, M, X, Y, Z), each axis divisible by `stride(last_stride)`."""
         c1 = self.stem(image)
         c2 = self.down1(c1)
         d2 = self.down2(c2)
@@ -90,7 +91,7 @@ class MSTKDNetwork(nn.Module):
             unet = self.transformer(unet_input)
         transformed = unet.output + encoded
         content = self.bottleneck(transformed)
-        style = self.style(torch.cat([F.max_pool3d(d2, 2), encoded, transformed], 1))
+        style = self.style(torch.cat([F.max_pool3d(d2, self.last_stride), encoded, transformed], 1))
         x = self.fuse(torch.cat([style, content], 1))
         x = self.up0(self.up1(self.up2(x, c3), c2), c1)
         return Features(self.head(in_plain_layout(x)), encoded, style, content, unet.decoded, unet.attention)

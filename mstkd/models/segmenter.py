@@ -133,7 +133,7 @@ def _first_line(error: Exception) -> str:
 
 
 ARCHITECTURES = {
-    "mst_kdnet": Architecture(MSTKDNetwork, lambda arguments: (mst_kdnet_stride(arguments.get("first_stride", 2)),) * 3, lambda net: ("bottleneck", "up0")),
+    "mst_kdnet": Architecture(MSTKDNetwork, lambda arguments: (mst_kdnet_stride(arguments.get("last_stride", 2)),) * 3, lambda net: ("bottleneck", "up0")),
     "SegResNet": Architecture(
         _monai(SegResNet, spatial_dims=3),
         lambda arguments: (2 ** (len(arguments.get("blocks_down", (1, 2, 2, 4))) - 1),) * 3,
