@@ -35,7 +35,7 @@ def prediction(method, network, image, subset):
     size = tuple(image.shape[2:])
     predictor = Predictor(method, SEQUENCES, size, InferenceConfig(overlap=0, precision="fp32"), torch.device("cpu"))
     with evaluation_mode(method):
-        return torch.from_numpy(predictor.logits(network, Volume(image, (True,) * 4, (slice(None),) * 3), subset))
+        return predictor.scores(network, Volume(image, (True,) * 4, (slice(None),) * 3, None), subset)
 
 
 # every segmentation method
@@ -56,16 +56,18 @@ def test_hidden_voxels_never_change_a_prediction(name):
 
 @pytest.mark.parametrize("name", SEGMENTATION)
 def test_hidden_voxels_never_change_what_the_student_says_in_training(name):
-    method, heard = small(name), []
+    method = small(name)
     stages = [stage for stage in method.stages if any("student" in role.results for role in method.roles(stage).values())]
     assert stages or "student" not in method.scored
     for stage in stages:
-        method.networks["student"].register_forward_hook(lambda module, inputs, output: heard.append(getattr(output, "logits", output).detach()))
+        heard = []
+        hook = method.networks["student"].register_forward_hook(lambda module, inputs, output: heard.append(getattr(output, "logits", output).detach()))
         for content in (0.25, 0.75):  # a teacher may see it, so it is an image
             batch = make_batch(method, stage, crop_of(name))
             batch.image = torch.where(batch.available[:, :, None, None, None], batch.image, content)
             torch.manual_seed(3)
             next(role for role in method.roles(stage).values() if "student" in role.networks).step.train()(batch, {}, START)
+        hook.remove()
         first, second = heard[: len(heard) // 2], heard[len(heard) // 2 :]
         assert first and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

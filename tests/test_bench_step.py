@@ -32,7 +32,7 @@ def report():
 def pair():
     """Our method and the reference, with equal weights, and a batch."""
     method = build_method(Job(OURS, CROP, NETWORK))
-    reference = ReferenceStep(CROP, method.config.network.model_dump(exclude={"norm", "bn_eval"}), torch.device("cpu"))
+    reference = ReferenceStep(CROP, method.config.network.model_dump(exclude={"norm", "bn_eval", "last_stride"}), torch.device("cpu"))
     for name, network in method.networks.items():
         getattr(reference, name).load_state_dict(network.state_dict())  # strict: the same names and shapes
     return method, reference, make_batch(CROP)
@@ -98,7 +98,7 @@ def test_a_gpu_has_targets_of_its_own(report):
 
 def test_flops_are_those_of_three_passes():
     """Forward, gradient of the input, gradient of the weights; but for the input of the first layers, which needs none."""
-    sizes = {**NetworkConfig().model_dump(exclude={"norm", "bn_eval"}), **NETWORK}
+    sizes = {**NetworkConfig().model_dump(exclude={"norm", "bn_eval", "last_stride"}), **NETWORK}
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         step = ReferenceStep((32, 32, 32), sizes, torch.device("meta"))
         for network in (step.teacher, step.student):

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 from test_engine import curve, flip_a_bit
-from trained_run import make_run, on_ranks, write_run
+from trained_run import make_run, write_run
 
 from mstkd.config import CheckpointConfig
 from mstkd.engine.checkpoint import Checkpoints, NotWrittenError, TrainState, damage, read_state
@@ -235,7 +235,7 @@ def test_weights_with_batchnorm_evaluate_alike_on_one_and_two_ranks(trained, one
     config = yaml.safe_load((run / "config.yaml").read_text())
     words = {"shards": str(run.parents[1] / "shards"), "config": config, "run": str(run)}
     config["validate"]["subsets"] = ["flair", "t1+t1ce"]
-    here, shared = on_ranks(**words), two_ranks.run("trained_run.py", "on_ranks", **words)
+    (here,), shared = (pool.run("trained_run.py", "on_ranks", **words) for pool in (one_rank, two_ranks))
     assert shared[0] == shared[1] == here
     assert len({row[-1]["dice"] for row in here[0]}) > 5  # not all empty or full
 

@@ -150,7 +150,7 @@ def test_hidden_t1ce_is_not_clustered(run):
     sample = source.subject(source.subjects("all")[0])
     volume = predictor.volume(sample.image, sample.brain, sample.meta)
     with evaluation_mode(predictor.method):
-        seen, hidden = (predictor._scores("student", volume, subset) for subset in ((True,) * 4, (True, True, False, True)))
+        seen, hidden = (predictor.scores("student", volume, subset) for subset in ((True,) * 4, (True, True, False, True)))
         assert torch.equal(seen[-1], volume.image[0, 2][volume.inner]) and len(seen) == len(hidden) + 1
         before = predictor.labels("student", volume, (True, True, False, True))
         volume.image[0, 2] = torch.rand_like(volume.image[0, 2])

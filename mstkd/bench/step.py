@@ -92,7 +92,7 @@ def run_ranks(job: Job, world: int = 1, **environment: str) -> list[dict]:
 
 def step_flops(settings: Settings) -> int:
     """Floating-point operations of one step, forward and backward: the reference's, counted without computing anything."""
-    sizes = {**NetworkConfig().model_dump(exclude={"norm", "bn_eval"}), **settings.network}
+    sizes = {**NetworkConfig().model_dump(exclude={"norm", "bn_eval", "last_stride"}), **settings.network}
     device = torch.device("meta")
     with device:
         step = ReferenceStep(settings.crop, sizes, device)

@@ -99,7 +99,7 @@ def _join(job: Job) -> Ranks:
 
 def _reference(job: Job, ranks: Ranks) -> Step:
     method, batch = build_method(job), make_batch(job.crop).to(ranks.device)
-    sizes = method.config.network.model_dump(exclude={"norm", "bn_eval"})
+    sizes = method.config.network.model_dump(exclude={"norm", "bn_eval", "last_stride"})
     reference = ReferenceStep(job.crop, sizes, ranks.device)
     for name, network in method.networks.items():
         getattr(reference, name).load_state_dict(network.state_dict())

@@ -104,7 +104,7 @@ class Predictor:
 
     def labels(self, network: str, volume: Volume, subset: Subset) -> NDArray[np.uint8]:
         """Label map (X, Y, Z) on the stored grid that `network` gives when only `subset` is visible; call it in `evaluation_mode`."""
-        return self._decide(self._scores(network, volume, subset), subset, volume.meta, volume.meta.spacing_mm)
+        return self._decide(self.scores(network, volume, subset), subset, volume.meta, volume.meta.spacing_mm)
 
     def file_labels(self, network: str, volume: Volume, subset: Subset) -> NDArray[np.uint8]:
         """As `labels`, on the grid and in the orientation of the case's file; for resampled cases decided there, from interpolated logits."""
@@ -112,10 +112,10 @@ class Predictor:
         if meta.grid_shape is None:
             return restore(self.labels(network, volume, subset), meta)
         spacing_mm = ras_spacing_mm(np.asarray(meta.original_affine))
-        scores = self._scores(network, volume, subset).cpu().numpy()
+        scores = self.scores(network, volume, subset).cpu().numpy()
         return restore_scores(scores, meta, lambda finer: self._decide(torch.from_numpy(finer), subset, meta, spacing_mm))
 
-    def _scores(self, network: str, volume: Volume, subset: Subset) -> Tensor:
+    def scores(self, network: str, volume: Volume, subset: Subset) -> Tensor:
         """What labels are decided on: logits (K, X, Y, Z) and, where the post-processing looks at it, T1ce behind them."""
         available = torch.tensor([subset], device=self.device)
         # where, not multiplication: NaN in a hidden voxel must not reach the network
@@ -130,7 +130,7 @@ class Predictor:
         return scores[0, ..., *volume.inner]
 
     def _decide(self, scores: Tensor, subset: Subset, meta: SubjectMeta, spacing_mm: Sequence[float]) -> NDArray[np.uint8]:
-        """Label map (X, Y, Z) of `_scores` over the case's box, which may have been resampled to `spacing_mm`."""
+        """Label map (X, Y, Z) of `scores` over the case's box, which may have been resampled to `spacing_mm`."""
         logits, t1ce = (scores[:-1], scores[-1].cpu().numpy()) if self._clusters(subset) else (scores, None)
         labels = self.method.to_labels(logits[None])[0].to("cpu", torch.uint8).numpy()
         if self.inference.postprocess == "none":

@@ -143,6 +143,8 @@ def _convolution_backward(
 
 def _left_to_im2col(x: Tensor) -> bool:
     """Whether PyTorch would convolve this (B, C, X, Y, Z) without oneDNN, at a tenth of its speed: float32, one sample, a small map."""
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False  # traced without numbers: the operator called by name has no such form
     return x.dtype == torch.float32 and len(x) == 1 and math.prod(x.shape[:4]) <= IM2COL_SIZE and torch.backends.mkldnn.is_available()
 
 
