@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
-from mstkd.subsets import subset_name
+from mstkd.subsets import Subset, part_of, possible_subsets, subset_name
 from mstkd.evaluate.weights import open_run
 from mstkd.shards.dataset import Case, DatasetSpec, Volume, known_specs, load_spec
 from mstkd.shards.preprocess import preprocess
@@ -78,4 +78,16 @@ def _predict_case(predictor: Predictor, network: str, case: Case, dataset: Datas
     """The label map on the file's grid, and the subset it was made from."""
     stored = preprocess(replace(case, label=None), dataset, predictor.sequences)
     volume = predictor.volume(stored.image, stored.brain, stored.meta)
-    return predictor.file_labels(network, volume, volume.present), subset_name(predictor.sequences, volume.present)
+    subset = _given(case.subject, predictor, volume.present)
+    return predictor.file_labels(network, volume, subset), subset_name(predictor.sequences, subset)
+
+
+def _given(subject: str, predictor: Predictor, present: Subset) -> Subset:
+    """What the network is shown of a case: all it has, or the largest subset that the method takes. Raises UserError if there is none."""
+    if predictor.method.subsets is None:
+        return present
+    fitting = [subset for subset in possible_subsets(predictor.sequences, predictor.method.subsets) if part_of(subset, present)]
+    if not fitting:
+        names = ", ".join(predictor.method.subsets)
+        raise UserError(f"{subject}: has {subset_name(predictor.sequences, present)}, and this run's network needs {names}; add what is missing, or use another run")
+    return fitting[-1]

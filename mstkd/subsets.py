@@ -18,6 +18,11 @@ def all_subsets(sequences: Sequence[str]) -> list[Subset]:
     return [tuple(i in c for i in range(count)) for c in chosen]
 
 
+def part_of(subset: Subset, present: Subset) -> bool:
+    """Whether all that `subset` asks for is present."""
+    return all(here or not asked for asked, here in zip(subset, present, strict=True))
+
+
 def possible_subsets(sequences: Sequence[str], names: Sequence[str] | None) -> list[Subset]:
     """Those of `all_subsets` that a method takes, by name; None: all of them."""
     return [subset for subset in all_subsets(sequences) if names is None or subset_name(sequences, subset) in names]

@@ -245,8 +245,11 @@ def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:
     trained = {network for engine in engines.values() for network in engine.role.results}
     scored = next((network for network in run.method.scored if network in trained), None)
 
+    declared = run.method.availability(name)
+    complete = declared is not None and declared.kind == "natural"  # what such a stage is chosen by is what it learns from
+
     def validate(method: Method, stopping: Callable[[], bool]) -> dict[str, float] | None:
-        return run.validation(method, stopping, scored) if scored else None
+        return run.validation(method, stopping, scored, complete) if scored else None
 
     return Stage(
         name, config, run.method, engines, steps, training.order.items_per_epoch, batches, validate,

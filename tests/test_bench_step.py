@@ -61,7 +61,7 @@ def test_gradients_of_the_reference_are_ours(pair):
         theirs = {key: parameter.grad for key, parameter in getattr(reference, name).named_parameters()}
         noise = 1e-5 * max(gradient.abs().max().item() for gradient in theirs.values())  # a bias before a normalisation has no other gradient
         for key, parameter in method.networks[name].named_parameters():
-            tolerance = 1e-3 * theirs[key].abs().max().item() + noise
+            tolerance = 2e-3 * theirs[key].abs().max().item() + noise
             torch.testing.assert_close(parameter.grad, theirs[key], rtol=0, atol=tolerance, msg=lambda said, key=key: f"{key}: {said}")
 
 

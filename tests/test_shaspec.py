@@ -150,6 +150,12 @@ def test_missing_sequences_take_part_in_the_auxiliary_losses_only_where_asked(in
     assert len(step.student(batch.image, batch.available).pairs) == (4 if include else 1)
 
 
+def test_encoding_zeros_for_the_skips_alone_leaves_the_losses_as_they_are():
+    step, batch = step_of(make(network={**NETWORK, "skip_fill": "reference"})).train(), make_batch(ONE)
+    assert float(step(batch, {}, START).scalars["dao"]) == 0
+    assert len(step.student(batch.image, batch.available).pairs) == 1
+
+
 def test_every_parameter_gets_a_gradient_whatever_is_missing():
     for kind in ("l1", "ce"):
         method = make(alignment=kind)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from mstkd.recipe import recipe_folder
 from mstkd.shards.spec import LABEL_SCHEMES
 from mstkd.study.cohort import prepare_cohort
 from mstkd.study.config import CohortConfig, load_study, merged, run_config
+from mstkd.study.run import run_study
+from mstkd.study.runs import alone
 
 MSTKD = Path(sys.executable).parent / "mstkd"
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
@@ -81,6 +84,9 @@ def test_sections_are_laid_over_each_other():
     ({"method": "best"}, [], "'best' is no arm; arms: light, heavy"),
     ({"arms": {"light": {"tune": [{}]}, "heavy": {}}}, [], "arms differ in how many candidates they tune over"),
     ({}, ["common.train.stps=3"], "arm light: unknown key train.stps; did you mean 'steps'?"),
+    ({}, ["method=light"], "method and baseline are both 'light'; name two arms"),
+    ({}, ["seeds=[1, 1]"], "seeds [1, 1]: give different ones from 0, none of them tuning.seed 1000"),
+    ({}, ["arms.light.block=C"], "arms.light.block: Input should be 'A' or 'B'"),
     ({}, ["seeds=[]"], "override 'seeds=[]': seeds: List should have at least 1 item"),
     ({}, ["cohrt=3"], "override 'cohrt=3': unknown key cohrt; did you mean 'cohort'?"),
 ])  # fmt: skip
@@ -88,6 +94,46 @@ def test_a_wrong_study_is_one_line(tmp_path, changes, words, message):
     with pytest.raises(UserError) as caught:
         load_study(write(tmp_path, **changes), words)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_override_changes_the_arm_that_it_names_and_no_other():
+    study = load_study("study_phantom", ["arms.mst_kdnet.recipe.method.weights.bce=0"])
+    weights = {arm: declared.recipe["method"]["weights"]["bce"] for arm, declared in study.arms.items() if arm.startswith("mst_kdnet")}
+    assert weights.pop("mst_kdnet") == 0 and set(weights.values()) == {1.0}
+
+
+def test_controlled_arms_see_the_same_intensities_and_share_the_students_first_weights():
+    study, students, intensities = load_study("study_phantom"), [], []
+    for arm in (arm for arm, declared in study.arms.items() if declared.block == "A"):
+        config = RunConfig.model_validate(run_config(study, arm, "shards", "run", 1))
+        torch.manual_seed(1)
+        method = build(config.method, DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], config.data.crop))
+        students.append(list(method.networks["student"].parameters()))
+        intensities.append(method.intensity)
+    assert len(students) == 8 and intensities.count(intensities[0]) == 8
+    for other in students[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(students[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    ({"name": "toys.two_stage", "wieght": 2}, "arm light: recipe: unknown key method.wieght; did you mean 'weight'?"),
+    ({"name": "shaspec_classify"}, "arm light: shaspec_classify is for classification; a study compares segmentations"),
+])  # fmt: skip
+def test_a_method_that_cannot_be_compared_is_refused_before_anything_is_made(tmp_path, method, message):
+    arms = {"light": {"recipe": {"method": method}}, "heavy": {"recipe": {"method": {"name": "toys.two_stage"}}}}
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_study(load_study(write(tmp_path, arms=arms)), print)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_study_at_a_time_and_another_cohort_is_refused(tmp_path):
+    study = load_study(write(tmp_path))
+    with alone(study.folder), pytest.raises(UserError, match="another `mstkd study`, or a run that it left behind, is at work here"):
+        run_study(study, print)
+    config = CohortConfig(train=3, validation=2, test=4, size=32)
+    prepare_cohort(config, tmp_path, workers=1)
+    with pytest.raises(UserError, match=r"cohort.test was 4 and is now 5; give the study another name=\.\.\., or remove the folder"):
+        prepare_cohort(config.model_copy(update={"test": 5}), tmp_path, workers=1)
 
 
 def test_the_cohort_is_made_once_and_split_as_asked(tmp_path):
@@ -121,7 +167,7 @@ def test_interrupted_it_goes_on_and_ends_with_a_comparison(tmp_path):
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
     assert ended(process)[0] == 128 + signal.SIGTERM
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert psutil.wait_procs(children, timeout=DEADLINE_S)[1] == []  # what their own helpers need to notice
 
     code, said = ended(start(recipe))
     assert code == 0, said
@@ -133,10 +179,26 @@ def test_interrupted_it_goes_on_and_ends_with_a_comparison(tmp_path):
         assert chosen["train"]["steps"] == {"light": 3, "heavy": 6}[arm]
     assert {"compare.html", "compare.csv", "primary.csv"} <= {path.name for path in (folder / "comparison").iterdir()}
 
+    code, said = ended(start(recipe, "arms.heavy.recipe.train.steps=7"))
+    assert code == 2 and "run heavy-seed7 was begun with train.steps=6 and is now asked for with 7; undo the change" in said
+    code, said = ended(start(recipe, "tuning.steps=2"))
+    assert code == 2 and "was begun with" in said
+
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/metrics.jsonl")}
     code, said = ended(start(recipe))
     assert code == 0 and "2 of 2 runs are done, 0 to go" in said
     assert len(before) == 6 and {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_candidate_that_fails_loses_and_is_not_tried_again(tmp_path):
+    arm = {"recipe": {"method": {"name": "toys.two_stage"}}, "tune": [{"method": {"fail_at": 0}}, {"method": {"weight": 2.0}}]}
+    recipe = write(tmp_path, arms={"light": arm, "heavy": {**arm, "recipe": {"method": {"name": "toys.two_stage", "weight": 3.0}}}})
+    code, said = ended(start(recipe))
+    assert code == 0, said
+    tuning = json.loads((tmp_path / "runs" / "toys" / "tuning.json").read_text())
+    assert all(found["scores"][0] is None and found["chosen"] == 1 for found in tuning.values()) and "light-0: FAILED" in said
+    code, said = ended(start(recipe))
+    assert code == 0 and "FAILED" not in said
 
 
 def test_a_failed_run_is_named_and_the_others_have_their_turn(tmp_path):

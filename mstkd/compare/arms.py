@@ -65,7 +65,7 @@ def group(runs: Sequence[EvaluatedRun]) -> dict[str, list[EvaluatedRun]]:
     """The runs by arm, in the order given, under labels made of what tells the arms apart."""
     arms: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
-        arms.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
+        arms.setdefault(json.dumps([run.network, _settings(run)], sort_keys=True), []).append(run)
     return dict(zip(_labels(list(arms.values())), arms.values(), strict=True))
 
 
@@ -78,6 +78,8 @@ def check_arms(arms: Mapping[str, Sequence[EvaluatedRun]]) -> None:
         taken: dict[tuple[int, str], EvaluatedRun] = {}
         for run in runs:
             settings = _settings(run)
+            if run.network != runs[0].network:
+                raise UserError(f"arm {label}: {run.folder} was scored by its {run.network} and {runs[0].folder} by its {runs[0].network}; evaluate both alike")
             for key in sorted({*first} | {*settings}):
                 if first.get(key) != settings.get(key):
                     raise UserError(f"arm {label}: {run.folder} and {runs[0].folder} differ in {key}; an arm's runs differ only in seed")

@@ -13,7 +13,7 @@ from mstkd.config import RunConfig
 from mstkd.errors import UserError
 from mstkd.run_folder import read_record, read_run_config
 
-NOTES = ("overlap", "never trained")  # entries of summary["conventions"] that speak of the run, not of how figures are made
+NOTES = ("overlap", "never trained", "postprocess")  # entries of summary["conventions"] that speak of the run, not of how figures are made
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _check_texts(first: EvaluatedRun, run: EvaluatedRun, keys: set[str]) -> None
         ours, theirs = first.conventions.get(key), run.conventions.get(key)
         if ours != theirs:
             raise UserError(
-                f"{run.folder} and {first.folder} were scored by other conventions: {key} is {theirs!r} there and {ours!r} here; "
+                f"{run.folder} and {first.folder} were scored by other conventions: {key} is {theirs!r} in the first and {ours!r} in the second; "
                 "evaluate both with the same `evaluate:` section"
             )
 

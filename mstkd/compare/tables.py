@@ -13,26 +13,33 @@ from rich.table import Table
 from mstkd.compare.published import Figures
 from mstkd.compare.result import Comparison, Estimate, PairedTest
 
+COST_COLUMNS = ("scored_parameters", "trained_parameters", "hours", "seconds_per_case")
 CELL_COLUMNS = ("arm", "subset", "region", "n_patients", "seeds", "dice", "dice_low", "dice_high", "difference", "difference_low",
-                "difference_high", "p_exploratory", "hd95_mm")  # fmt: skip
+                "difference_high", "p_exploratory", "hd95_mm", *COST_COLUMNS)  # fmt: skip
 TEST_COLUMNS = ("arm", "baseline", "region", "family", "n_patients", "n_subsets", "difference", "difference_low", "difference_high", "seed_sd",
-                "baseline_seed_sd", "p", "p_holm", "test")  # fmt: skip
+                "baseline_seed_sd", "p", "p_holm", "test", *COST_COLUMNS)  # fmt: skip
 
 
 def write_tables(comparison: Comparison) -> list[Path]:
     """compare.csv: a line per arm x subset (and mean) x region. primary.csv: a line per test. Fractions 0..1, an empty field is unknown."""
     rows = [
-        (c.arm, c.subset, c.region, c.patients, c.seeds, *_parts(c.dice), *_parts(c.difference), c.p, None if isnan(c.hd95_mm) else c.hd95_mm)
+        (c.arm, c.subset, c.region, c.patients, c.seeds, *_parts(c.dice), *_parts(c.difference), c.p, None if isnan(c.hd95_mm) else c.hd95_mm,
+         *_costs(comparison, c.arm))
         for c in comparison.cells.values()
     ]
     tests = [
-        (t.arm, t.baseline, t.region, family(t), t.patients, t.subsets, *_parts(t.difference), t.seed_sd, t.baseline_seed_sd, t.p, t.p_holm, t.says)
+        (t.arm, t.baseline, t.region, family(t), t.patients, t.subsets, *_parts(t.difference), t.seed_sd, t.baseline_seed_sd, t.p, t.p_holm, t.says,
+         *_costs(comparison, t.arm))
         for t in comparison.tests
     ]
     paths = [comparison.out / "compare.csv", comparison.out / "primary.csv"]
     _write(paths[0], CELL_COLUMNS, rows)
     _write(paths[1], TEST_COLUMNS, tests)
     return paths
+
+
+def _costs(comparison: Comparison, arm: str) -> list[float | None]:
+    return [getattr(comparison.arms[arm].costs, column) for column in COST_COLUMNS]
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:

@@ -14,7 +14,7 @@ from mstkd.engine.stop import Stopped
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.metrics import Reference, dice, region_masks
-from mstkd.subsets import Subset, subset_name
+from mstkd.subsets import Subset, part_of, subset_name
 from mstkd.evaluate.scoring import Score, score
 from mstkd.evaluate.source import CaseSource
 from mstkd.shards.spec import LabelScheme, SubjectMeta
@@ -121,7 +121,7 @@ def _score_case(predictor, networks, source, key, subsets, scheme, options) -> l
     volume = predictor.volume(sample.image, sample.brain, meta)
     rows = []
     for network in networks:
-        for subset in _possible(subsets, volume.present):
+        for subset in (subset for subset in subsets if part_of(subset, volume.present)):
             labels = (predictor.file_labels if resampled else predictor.labels)(network, volume, subset)
             scores = score_labels(truth, labels, scheme, options)
             name = subset_name(predictor.sequences, subset)
@@ -135,6 +135,3 @@ def _file_label(source: CaseSource, key: str) -> NDArray[np.uint8]:
         raise UserError(f"subject {key} was resampled and its set lacks the label on the file's own grid; score files with `mstkd evaluate --pred`")
     return label
 
-
-def _possible(subsets: Sequence[Subset], present: Subset) -> list[Subset]:
-    return [subset for subset in subsets if all(here or not asked for asked, here in zip(subset, present, strict=True))]

@@ -14,7 +14,7 @@ from mstkd.evaluate.cases import Row, labelled
 from mstkd.evaluate.classification import Decision, area, confusion
 from mstkd.evaluate.figures import CasePicture
 from mstkd.evaluate.inference import Predictor, evaluation_mode
-from mstkd.subsets import Subset, subset_name
+from mstkd.subsets import Subset, possible_subsets, subset_name
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import millimetres, percent
 from mstkd.shards.spec import LabelScheme
@@ -22,8 +22,10 @@ from mstkd.shards.spec import LabelScheme
 TUMOUR_SCENARIOS = (("flair", "t1", "t1ce", "t2"), ("flair", "t1ce", "t2"), ("flair", "t1ce"), ("flair",))
 
 
-def shown_subsets(sequences: Sequence[str]) -> list[Subset]:
-    """The subsets of the qualitative figure, from all sequences down to one."""
+def shown_subsets(sequences: Sequence[str], possible: Sequence[str] | None = None) -> list[Subset]:
+    """The subsets of the qualitative figure, from all sequences down to one; of a method that takes few subsets (`possible`) these."""
+    if possible is not None:
+        return possible_subsets(sequences, possible)
     tumour = set(TUMOUR_SCENARIOS[0]) == set(sequences)
     given = TUMOUR_SCENARIOS if tumour else [sequences[:count] for count in range(len(sequences), 0, -1)]
     return [tuple(name in names for name in sequences) for names in given]
@@ -55,7 +57,7 @@ def case_pictures(
             sample = source.subject(subject)
             volume = predictor.volume(sample.image, sample.brain, sample.meta)
             predictions = {}
-            for subset in shown_subsets(predictor.sequences):
+            for subset in shown_subsets(predictor.sequences, predictor.method.subsets):
                 predictions[subset_name(predictor.sequences, subset)] = predictor.labels(network, volume, subset)
             black = sample.image[0].min()
             pictures.append(

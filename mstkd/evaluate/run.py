@@ -89,7 +89,8 @@ def _evaluate_volumes(
     summaries = {n: summarise([row for row in rows if row.network == n], source.sequences, name, split, fold, notes) for n in networks}
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_scores(folder, rows, summaries)
+        (folder / "summary.json").unlink(missing_ok=True)  # it is written last: where it lies, all of the evaluation does
+        write_rows(folder / "per_case.csv", rows)
         write_json(folder / "cost.json", _cost(predictor))
         facts = _facts(run, source, split, subjects) | _volume_facts(run, _write_baseline(folder, source, subjects))
         complete = set(source.complete(subjects))
@@ -98,6 +99,7 @@ def _evaluate_volumes(
         drawn = draw_figures(folder, summaries, pictures) | _draw_features(folder, run, source, sorted(complete), predictor)
         facts["pictured"] = ", ".join(f"{rank} {subject}" for rank, subject in chosen.items())
         write_report(folder / "report.html", f"Evaluation of {run.config.name}", facts, summaries, drawn)
+        _write_summaries(folder, summaries)
         _track(run, folder, summaries)
         for network, summary in summaries.items():
             print_table(summary, f"{run.config.name}, {network}, {split} split of {source.dataset}, {len(subjects)} cases")
@@ -120,11 +122,12 @@ def _evaluate_classes(
     }
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").unlink(missing_ok=True)
         write_decisions(folder / "per_case.csv", decisions, classes)
-        _write_summaries(folder, summaries)
         drawn = draw_class_figures(folder, summaries, decisions, classes)
         title = f"Evaluation of {run.config.name}"
         write_report(folder / "report.html", title, _facts(run, source, split, subjects), summaries, drawn, "classification.html.j2")
+        _write_summaries(folder, summaries)
         _track(run, folder, summaries)
         for network, summary in summaries.items():
             print_accuracies(summary, f"{run.config.name}, {network}, {split} split of {source.dataset}, {len(subjects)} cases")
@@ -160,7 +163,8 @@ def evaluate_predictions(
     notes = conventions(options) | {"cases": f"{len(predictions)} predictions scored; {len(truths)} subjects have a truth"}
     summary = summarise(rows, list(spec.sequences), None, "given", None, notes)
     Path(out).mkdir(parents=True, exist_ok=True)
-    _write_scores(Path(out), rows, {"predictions": summary})
+    write_rows(Path(out) / "per_case.csv", rows)
+    write_json(Path(out) / "summary.json", summary)
     print_table(summary, f"{pred_dir} against {ref_dir}")
     return summary
 
@@ -263,11 +267,6 @@ def _folder(run: TrainedRun, source: CaseSource, split: str, postprocess: str | 
     if postprocess:
         return folder / f"{name}-{split}-{postprocess}"
     return folder if own == here and split == "test" else folder / f"{name}-{split}"
-
-
-def _write_scores(folder: Path, rows: Sequence[Row], summaries: dict[str, dict[str, Any]]) -> None:
-    write_rows(folder / "per_case.csv", rows)
-    _write_summaries(folder, summaries)
 
 
 def _write_summaries(folder: Path, summaries: dict[str, dict[str, Any]]) -> None:

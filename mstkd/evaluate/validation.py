@@ -30,18 +30,18 @@ class Validation:
         if strange := [subset for subset in self.subsets if subset not in possible_subsets(sequences, possible)]:
             raise UserError(f"validate.subsets: the method cannot be given {subset_name(sequences, strange[0])}; choose from {', '.join(possible)}, or remove the key")
 
-    def __call__(self, method: Method, stopping: Callable[[], bool], network: str | None = None) -> dict[str, float] | None:
+    def __call__(self, method: Method, stopping: Callable[[], bool], network: str | None = None, complete: bool = False) -> dict[str, float] | None:
         """"score", the mean over subsets x regions, which selects the best checkpoint, and its parts
         "dice_<region>" and "dice_<subset>"; of a classification the mean accuracy over subsets and "accuracy_<subset>".
         None without validation cases. Collective.
 
-        `network`: by default the first that the method scores. One that `sees_all` is scored on complete input alone.
+        `network`: by default the first that the method scores. One that `sees_all` is scored on complete input alone; with `complete` any.
         `stopping`, collective too, is asked before each case; raises Stopped when it says so.
         """
         if not self.subjects:
             return None
         network = network or method.scored[0]
-        subsets = [(True,) * len(self.source.sequences)] if network in method.sees_all else self.subsets
+        subsets = [(True,) * len(self.source.sequences)] if complete or network in method.sees_all else self.subsets
         if method.task == "classification":
             return self._accuracy(method, network, subsets, stopping)
         config = self.config

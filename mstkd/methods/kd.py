@@ -124,7 +124,8 @@ class KD(Method):
     def __init__(self, config: KDConfig, facts: DataFacts):
         self.config = config
         self.channels = TumourChannels(facts.label_scheme, config.targets, config.rc_channel)
-        self.networks: dict[str, nn.Module] = {name: build_network(name, getattr(config, name), facts, self.channels.count) for name in self.stages}
+        # the student first: with the same seed it begins with the weights that it would have alone
+        self.networks: dict[str, nn.Module] = {name: build_network(name, getattr(config, name), facts, self.channels.count) for name in ("student", "teacher")}
         if config.weights.feature:
             self.networks["projection"] = build_projection(self.networks["student"], self.networks["teacher"])
 

@@ -197,6 +197,8 @@ class MSTKDNet(Method):
     @classmethod
     def check_crop(cls, config: MSTKDNetConfig, crop: tuple[int, int, int], key: str = "data.crop") -> None:
         check_divisible(config.network, crop, key)
+        if key == "data.crop" and config.reference_head and not config.no_gsme and config.network.last_stride == 1:
+            raise UserError("method.reference_head: needs method.network.last_stride 2; set method.reference_head to false")
         if key == "data.crop" and config.reference_head and not config.no_gsme and tuple(size // 64 for size in crop) != (2, 3, 2):
             raise UserError(f"method.reference_head: fits crops like [160, 192, 128], not {list(crop)}; set method.reference_head to false")
 

@@ -5,11 +5,14 @@ feature is generated from the shared ones of those that are there. Where this di
 - a missing sequence is generated from the mean, as in the paper, not from the first in the list: `generated: first`;
 - it is not encoded: its skips are the mean of the others' (there an encoding of zeros: `skip_fill: reference`), and it takes part in
   neither auxiliary loss (`include_missing`); 2 encoder passes per available sequence instead of 8 per sample;
-- the pyramid's global context passes a group norm; there an instance norm of one voxel made it constant: `reference_global`;
+- the pyramid's global context passes group norms, also where the branches are joined; there an instance norm of one voxel made it
+  constant, and the one behind the join would take any constant away: `reference_global`;
 - alignment is over all pairs of available sequences, at the scale of the code's four of six: `cyclic`;
 - Dice is smoothed in numerator and denominator, so that an empty target teaches silence: `reference_dice`;
 - subsets are drawn per sample and repeatable; the released one is per batch, unseeded, and new in every tile of a validation;
-- the restart of the learning rate at the second stage is explicit: `warm_restart`; the paper names a cosine: `train.roles.missing.schedule`;
+- the restart of the learning rate at the second stage is explicit: `warm_restart`; the paper names a cosine:
+  `train.roles.missing.schedule={name: cosine, after_steps: 80000}`; the second stage begins with fresh momentum, from the weights that
+  scored best on complete input;
 - z-scores over the brain, not capped at a histogram's tail; channels are WT, TC, ET (there ET, WT, TC), by the data's label scheme.
 """
 
@@ -52,7 +55,7 @@ class ShaSpecConfig(Section):
     include_missing: bool = False  # both losses also see encodings of zeros
     reference_dice: bool = False
     two_stages: bool = True  # False: `missing` starts afresh; then give stages=[missing]
-    warm_restart: int = Field(80_000, ge=0)  # steps that the learning rate of `missing` counts as done; 0: a curve of its own
+    warm_restart: int = Field(0, ge=0)  # steps that the learning rate of `missing` counts as done, as many as `complete` has; 0: a curve of its own
     intensity: IntensityConfig = IntensityConfig()
 
 
@@ -117,7 +120,7 @@ class ShaSpec(Method):
     def roles(self, stage: str) -> dict[str, Role]:
         step = SegmentStep(self.networks["student"], self.networks.get("alignment"), self.channels, self.config)
         optimizer = OptimizerConfig(name="sgd", lr=1e-2, momentum=0.99, nesterov=True, weight_decay=0.0)
-        schedule = ScheduleConfig(name="poly", power=0.9, after_steps=0 if stage == "complete" else self.config.warm_restart)
+        schedule = ScheduleConfig(name="poly", power=0.9, after_steps=self.config.warm_restart if self.needs(stage) else 0)
         return {stage: Role(step, tuple(self.networks), optimizer=optimizer, schedule=schedule)}
 
     def needs(self, stage: str) -> dict[str, str]:

@@ -65,7 +65,8 @@ class ShaSpecNetwork(nn.Module):
     def forward(self, image: Tensor, available: Tensor) -> ShaSpecOutput:
         """Of `image` (B, M, X, Y, Z) with axes divisible by STRIDE, and `available` (B, M) bool, another subset in each sample if need be."""
         given = available.tolist()
-        zeros = self.skip_fill == "reference" or (self.encode_missing and self.training)
+        everything = self.encode_missing and self.training
+        zeros = everything or self.skip_fill == "reference"
         pairs = [(sample, m) for sample, row in enumerate(given) for m, here in enumerate(row) if here or zeros]
         volumes = torch.stack([image[s, m] if given[s][m] else torch.zeros_like(image[s, m]) for s, m in pairs])[:, None]
         shared = self.shared(volumes)
@@ -76,7 +77,9 @@ class ShaSpecNetwork(nn.Module):
         fused = filled(residual, rows, shared.feature, self.generated)
         skip_rows = rows if self.skip_fill == "mean" else [[number[s, m] for m in range(len(row))] for s, row in enumerate(rows)]
         skips = [filled(skip, skip_rows, skip).flatten(1, 2) for skip in shared.skips]
-        return ShaSpecOutput(self.decoder(fused.flatten(1, 2), skips), shared.feature, specific, self.domain(pooled), fused, pairs)
+        logits = self.decoder(fused.flatten(1, 2), skips)
+        told = [row for row, (s, m) in enumerate(pairs) if given[s][m] or everything]  # what was encoded for its skips alone tells nothing
+        return ShaSpecOutput(logits, shared.feature[told], specific[told], self.domain(pooled[told]), fused, [pairs[row] for row in told])
 
     def _encode_specific(self, volumes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """(N, C, x, y, z) and pooled (N, C): every volume through its own sequence's encoder."""
@@ -138,8 +141,9 @@ class Bottleneck(nn.Module):
 class Pyramid(nn.Module):
     """Atrous spatial pyramid pooling (DeepLab): dilations 1 (1^3), 2, 4, 8 and the global context, side by side.
 
-    The released code puts an instance norm on the context's single voxel, whose result is always 0: the branch says nothing. Here it has
-    a group norm, with equally many parameters; `reference_global`: as there, the activated offset of the norm alone.
+    The released code puts an instance norm on the context's single voxel, whose result is always 0; and the instance norm behind the join
+    would take away whatever is constant over the map, as the context is. Here both are group norms, with equally many parameters, so that
+    the context counts; `reference_global`: as there, the activated offset of the first norm alone, and an instance norm behind the join.
     """
 
     def __init__(self, channels: int, reference_global: bool):
@@ -149,6 +153,8 @@ class Pyramid(nn.Module):
         self.context_norm = nn.GroupNorm(channels // GROUP, channels)
         self.share = 0.0 if reference_global else 1.0
         self.join = ConvNorm(5 * channels, channels, 1)
+        if not reference_global:
+            self.join.norm = nn.GroupNorm(channels // GROUP, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         context = self.context(x.mean((2, 3, 4), keepdim=True)) * self.share

@@ -4,14 +4,24 @@ import json
 import shutil
 from pathlib import Path
 
+from mstkd.errors import UserError
 from mstkd.shards.build import build
 from mstkd.shards.phantom import write_phantom
 from mstkd.study.config import CohortConfig
 
 
 def prepare_cohort(config: CohortConfig, folder: Path, workers: int) -> Path:
-    """The shard set of the cohort in `folder`, built unless it is there; the NIfTI files it came from are not kept."""
-    shards = folder / "shards"
+    """The shard set of the cohort in `folder`, built unless it is there; the NIfTI files it came from are not kept.
+
+    Raises UserError if another cohort was begun there.
+    """
+    shards, noted = folder / "shards", folder / "cohort.json"
+    asked = config.model_dump(mode="json")
+    if noted.is_file() and (before := json.loads(noted.read_text())) != asked:
+        key = next(key for key in asked if before.get(key) != asked[key])
+        raise UserError(f"{folder}: cohort.{key} was {before.get(key)} and is now {asked[key]}; give the study another name=..., or remove the folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps(asked) + "\n")
     if shards.is_dir():
         return shards
     nifti = folder / "nifti"

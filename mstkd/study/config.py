@@ -1,7 +1,8 @@
 """The recipe of a study: what its arms share, what each one changes, and the question fixed before looking."""
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,7 +32,7 @@ class TuningConfig(Section):
 
 
 class ArmConfig(Section):
-    block: str = "A"
+    block: Literal["A", "B"] = "A"  # A: controlled, only the mechanism differs. B: systems as published
     recipe: dict[str, Any] = {}  # merged over `common`
     tune: list[dict[str, Any]] = []  # candidates, merged over both
 
@@ -53,6 +54,14 @@ class StudyConfig(Section):
         for key in ("method", "baseline"):
             if getattr(self, key) not in self.arms:
                 raise ValueError(f"{key}: {getattr(self, key)!r} is no arm; arms: {', '.join(self.arms)}")
+        if self.method == self.baseline:
+            raise ValueError(f"method and baseline are both {self.method!r}; name two arms")
+        return self
+
+    @model_validator(mode="after")
+    def _own_seeds(self) -> "StudyConfig":
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0 or self.tuning.seed in self.seeds:
+            raise ValueError(f"seeds {self.seeds}: give different ones from 0, none of them tuning.seed {self.tuning.seed}")
         return self
 
     @model_validator(mode="after")
@@ -61,6 +70,11 @@ class StudyConfig(Section):
         if len(set(counts.values())) > 1:
             raise ValueError(f"arms differ in how many candidates they tune over: {counts}; give each of them equally many")
         return self
+
+    def label(self, arm: str) -> str:
+        """The arm's name, behind its block where there are two."""
+        blocks = {declared.block for declared in self.arms.values()}
+        return f"{self.arms[arm].block}: {arm}" if len(blocks) > 1 else arm
 
     @property
     def folder(self) -> Path:
@@ -72,6 +86,7 @@ def load_study(recipe: str, overrides: list[str] = ()) -> StudyConfig:
     """A study's recipe with dotted overrides. Raises UserError, also for an arm whose own recipe cannot be right."""
     path = find_recipe(recipe)
     values, lines = read_yaml(path)
+    values = json.loads(json.dumps(values))  # what anchors share is shared no more: an override changes the arm that it names
     origin = {key: f"{path.name}:{line}" for key, line in lines.items()}
     for override in overrides:
         key, value = parse_override(override)

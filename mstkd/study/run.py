@@ -1,15 +1,17 @@
 """`mstkd study`: the cohort, the tuning, the runs and the comparison, each step done once."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from mstkd.errors import TrainingError
 from mstkd.compare.run import compare
+from mstkd.errors import TrainingError, UserError
+from mstkd.methods import load, read_config
 from mstkd.study.cohort import prepare_cohort
 from mstkd.study.config import StudyConfig, run_config
-from mstkd.study.runs import StudyRun, run_all
+from mstkd.study.runs import StudyRun, alone, run_all
 
 Say = Callable[[str], None]
 
@@ -19,28 +21,59 @@ def run_study(study: StudyConfig, say: Say) -> Path:
 
     Raises UserError on a recipe that does not fit what was begun, TrainingError once every run had its turn and some failed.
     """
-    shards = str(prepare_cohort(study.cohort, study.folder / "cohort", study.jobs)) if study.cohort else ""
-    chosen = tune(study, shards, say)
-    runs = [_run(study, arm, shards, f"{arm}-seed{seed}", seed, "runs", chosen[arm]) for seed in study.seeds for arm in study.arms]
-    _bring_to_end(runs, study, say)
-    arms = {arm: [run.folder for run in runs if run.arm == arm] for arm in study.arms}
-    out = study.folder / "comparison"
-    compare(arms, out, baseline=study.baseline, primary=study.method)
-    return out
+    for arm in study.arms:
+        _check_method(study, arm)
+    with alone(study.folder) as lock:
+        shards = str(prepare_cohort(study.cohort, study.folder / "cohort", study.jobs)) if study.cohort else ""
+        chosen = tune(study, shards, lock, say)
+        runs = [_run(study, arm, shards, f"{arm}-seed{seed}", seed, "runs", chosen[arm]) for seed in study.seeds for arm in study.arms]
+        if failed := _bring_to_end(runs, study, lock, say):
+            raise _failure(study, runs, failed)
+        arms = {study.label(arm): [run.folder for run in runs if run.arm == arm] for arm in study.arms}
+        out = study.folder / "comparison"
+        compare(arms, out, baseline=study.label(study.baseline), primary=study.label(study.method))
+        return out
 
 
-def tune(study: StudyConfig, shards: str, say: Say) -> dict[str, dict[str, Any]]:
-    """By arm, the candidate with the best validation score; kept in tuning.json. Arms without candidates: {}."""
+def tune(study: StudyConfig, shards: str, lock: IO, say: Say) -> dict[str, dict[str, Any]]:
+    """By arm, the candidate with the best validation score; kept in tuning.json. Arms without candidates: {}.
+
+    A candidate that diverges has no score. Raises TrainingError if no candidate of an arm has one.
+    """
     runs = {
         arm: [_run(study, arm, shards, f"{arm}-{number}", study.tuning.seed, "tuning", candidate, _short(study)) for number, candidate in enumerate(declared.tune)]
         for arm, declared in study.arms.items()
     }  # fmt: skip
-    _bring_to_end([run for candidates in runs.values() for run in candidates], study, say)
-    scores = {arm: [run.best_score for run in candidates] for arm, candidates in runs.items()}
-    best = {arm: max(range(len(found)), key=found.__getitem__) if found else None for arm, found in scores.items()}
-    study.folder.mkdir(parents=True, exist_ok=True)
-    (study.folder / "tuning.json").write_text(json.dumps({arm: {"scores": scores[arm], "chosen": best[arm]} for arm in runs}, indent=1) + "\n")
-    return {arm: {} if best[arm] is None else declared.tune[best[arm]] for arm, declared in study.arms.items()}
+    candidates, noted = [run for arm in runs.values() for run in arm], study.folder / "tuning.json"
+    scores = json.loads(noted.read_text()) if noted.is_file() else {}
+    untried = [run for arm, found in runs.items() if len(scores.get(arm, {"scores": []})["scores"]) < len(found) for run in found]
+    for run in candidates:
+        run.check()
+    failed = _bring_to_end(untried, study, lock, say) if untried else []
+    for arm, found in runs.items():
+        if set(found) & set(untried):
+            values = [None if run in failed else run.best_score for run in found]
+            finite = [value for value in values if value is not None and math.isfinite(value)]
+            if not finite:
+                raise _failure(study, found, [run for run in found if run in failed] or found)
+            scores[arm] = {"scores": values, "chosen": values.index(max(finite))}
+    noted.write_text(json.dumps(scores, indent=1) + "\n")
+    return {arm: declared.tune[scores[arm]["chosen"]] if declared.tune else {} for arm, declared in study.arms.items()}
+
+
+def _check_method(study: StudyConfig, arm: str) -> None:
+    """Raise UserError where an arm's method cannot be compared, or is not what its section says."""
+    for candidate in study.arms[arm].tune or [{}]:
+        values = run_config(study, arm, "check", "checked", 0, candidate)
+        try:
+            read_config(values["method"])
+        except UserError as error:
+            raise UserError(f"arm {arm}: {error}") from None
+        method = load(values["method"]["name"])
+        if method.task != "segmentation":
+            raise UserError(f"arm {arm}: {values['method']['name']} is for {method.task}; a study compares segmentations")
+        if values.get("stages") and method.stages[-1] not in values["stages"]:
+            raise UserError(f"arm {arm}: stages: the last one, {method.stages[-1]}, is left out; remove the key")
 
 
 def _short(study: StudyConfig) -> dict[str, Any]:
@@ -54,8 +87,13 @@ def _run(study: StudyConfig, arm: str, shards: str, name: str, seed: int, kind: 
     return StudyRun(arm, values, study.folder / "recipes" / kind, evaluate=kind == "runs")
 
 
-def _bring_to_end(runs: list[StudyRun], study: StudyConfig, say: Say) -> None:
-    failed = run_all(runs, study.jobs, say)
-    if failed:
-        names = ", ".join(run.name for run in failed)
-        raise TrainingError(f"study {study.name}: {len(failed)} of {len(runs)} runs failed: {names}; see {failed[0].log}, then give the same command again")
+def _bring_to_end(runs: Sequence[StudyRun], study: StudyConfig, lock: IO, say: Say) -> list[StudyRun]:
+    """Those that failed; first each run is checked against what it was begun with."""
+    for run in runs:
+        run.check()
+    return run_all(runs, study.jobs, lock, say)
+
+
+def _failure(study: StudyConfig, runs: Sequence[StudyRun], failed: Sequence[StudyRun]) -> TrainingError:
+    names = ", ".join(run.name for run in failed)
+    return TrainingError(f"study {study.name}: {len(failed)} of {len(runs)} runs failed: {names}; see {failed[0].log}, then give the same command again")

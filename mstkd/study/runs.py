@@ -1,23 +1,27 @@
 """The runs of a study as processes: several at once, each one resumable by itself."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from mstkd.engine.checkpoint import is_finished, read_state
+from mstkd.errors import UserError
 from mstkd.methods import load
+from mstkd.run_folder import leaves
 
 POLL_S = 0.2
+FREE = ("runs_dir", "data.shards")  # of a run's recipe: the study's folder may move
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity
@@ -42,35 +46,64 @@ class StudyRun:
         return self.notes / f"{self.name}.log"
 
     @property
-    def checkpoints(self) -> Path:
-        """Of its last stage."""
-        return self.folder / load(self.values["method"]["name"]).stages[-1] / "checkpoints"
+    def recipe(self) -> Path:
+        return self.notes / f"{self.name}.yaml"
+
+    @property
+    def best(self) -> Path:
+        """The last stage's pointer to its best checkpoint."""
+        return self.folder / load(self.values["method"]["name"]).stages[-1] / "checkpoints" / "best"
 
     @property
     def trained(self) -> bool:
-        return is_finished(self.checkpoints)
+        return is_finished(self.best.parent)
 
     @property
     def done(self) -> bool:
-        return self.trained and (not self.evaluate or (self.folder / "evaluation" / "summary.json").is_file())
+        """Trained and, if asked for, evaluated since."""
+        summary = self.folder / "evaluation" / "summary.json"
+        return self.trained and (not self.evaluate or summary.is_file() and summary.stat().st_mtime_ns > self.best.stat().st_mtime_ns)
 
     @property
     def best_score(self) -> float | None:
-        """The last stage's best validation score."""
-        return read_state(self.checkpoints / (self.checkpoints / "best").read_text().strip()).best_score
+        """The last stage's best validation score; None if there is none."""
+        return read_state(self.best.parent / self.best.read_text().strip()).best_score if self.best.is_file() else None
+
+    def check(self) -> None:
+        """Raise UserError if the run was begun with another recipe."""
+        if not self.recipe.is_file():
+            return
+        before, now = (dict(leaves(recipe)) for recipe in (yaml.safe_load(self.recipe.read_text()), self.values))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE):
+                raise UserError(
+                    f"run {self.name} was begun with {key}={before.get(key)} and is now asked for with {now.get(key)}; undo the change, give the study "
+                    f"another name=..., or remove {self.folder} and {self.recipe}"
+                )
 
     def command(self) -> list[str]:
         """What brings it forward: training until that is over, then the evaluation."""
-        recipe = self.notes / f"{self.name}.yaml"
         mstkd = str(Path(sysconfig.get_path("scripts")) / "mstkd")
         if self.trained:
             return [mstkd, "evaluate", str(self.folder)]
         self.notes.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(yaml.safe_dump(self.values, sort_keys=False))
-        return [mstkd, "train", str(recipe)]
+        self.recipe.write_text(yaml.safe_dump(self.values, sort_keys=False))
+        return [mstkd, "train", str(self.recipe)]
 
 
-def run_all(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None]) -> list[StudyRun]:
+@contextmanager
+def alone(folder: Path) -> Iterator[IO]:
+    """The study's lock, which its children hold, too: an orphan of a killed study is still at work. Raises UserError if it is taken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another `mstkd study`, or a run that it left behind, is at work here; wait for it, or end it") from None
+        yield lock
+
+
+def run_all(runs: Sequence[StudyRun], jobs: int, lock: IO, say: Callable[[str], None]) -> list[StudyRun]:
     """Bring every run to its end, `jobs` at once; those that are done already are left alone. Returns those that failed.
 
     A failed run does not stop the others. What ends this call, a signal too, is passed on to the running ones, which save.
@@ -82,38 +115,43 @@ def run_all(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None]) -> 
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                running[run] = _start(run)
-            for run, process in list(running.items()):
+                running[run] = _start(run, lock)
+            for run, (process, trained_before) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[run]
-                if process.returncode == 0 and not run.done:
+                if process.returncode == 0 and run.trained and not trained_before and not run.done:
                     waiting.insert(0, run)  # trained: now its evaluation
                     continue
+                good = process.returncode == 0 and run.done
+                failed += [] if good else [run]
                 ended += 1
                 left = (time.monotonic() - began) / ended * (len(waiting) + len(running)) / 60
-                say(f"{run.name}: {'done' if run.done else f'FAILED, see {run.log}'} ({len(waiting) + len(running)} left, about {left:.0f} min)")
-                failed += [] if run.done else [run]
+                say(f"{run.name}: {'done' if good else f'FAILED, see {run.log}'} ({len(waiting) + len(running)} left, about {left:.0f} min)")
             time.sleep(POLL_S)
     return failed
 
 
-def _start(run: StudyRun) -> subprocess.Popen:
-    words = run.command()
-    with run.log.open("a") as log:  # one thread each: they share the machine
-        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+def _start(run: StudyRun, lock: IO) -> tuple[subprocess.Popen, bool]:
+    """The process, and whether the run was trained before it: one thread each, since they share the machine."""
+    before, words = run.trained, run.command()
+    with run.log.open("a") as log:
+        return subprocess.Popen(
+            words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, pass_fds=[lock.fileno()]
+        ), before
 
 
 @contextmanager
-def _children():
+def _children() -> Iterator[dict[StudyRun, tuple[subprocess.Popen, bool]]]:
     """The running processes by run; those that are left when the block ends, for whatever reason, are told to stop and waited for."""
-    running: dict[StudyRun, subprocess.Popen] = {}
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    running: dict[StudyRun, tuple[subprocess.Popen, bool]] = {}
+    before = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield running
     finally:
-        for process in running.values():
+        for process, _ in running.values():
             process.send_signal(signal.SIGTERM)
-        for process in running.values():
+        for process, _ in running.values():
             process.wait()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
