@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from toys.linear import Linear
 from trained_run import make_run, method_and_source, write_run
 
 from mstkd.data.store import ShardStore
@@ -204,6 +205,16 @@ def test_any_subset_will_do_and_is_said(run, case, tmp_path, capsys):
     predict_folder(run, case.parent, tmp_path / "one")
     assert json.loads((tmp_path / "one" / "predictions.json").read_text()) == {SUBJECT: "t1ce"}
     assert not np.array_equal(voxels(tmp_path / "one" / f"{SUBJECT}.nii.gz"), voxels(tmp_path / "three" / f"{SUBJECT}.nii.gz"))
+
+
+def test_a_method_of_few_subsets_is_given_the_largest_one_that_the_case_has(run, case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Linear, "subsets", ("t1", "t1+t2"))
+    predict_folder(run, case.parent, tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "predictions.json").read_text()) == {SUBJECT: "t1+t2"}
+    scan(case, "t1").unlink()
+    with pytest.raises(UserError, match=rf"{SUBJECT}: has flair\+t1ce\+t2, and this run's network needs t1, t1\+t2; add what is missing"):
+        predict_folder(run, case.parent, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_bad_input_is_one_line_and_leaves_nothing_behind(run, case, tmp_path, capsys):
