@@ -212,7 +212,7 @@ def test_what_cannot_be_compared_is_refused(shards, tmp_path):
     other = write_run(shards, "other", flat(0.5), method={"name": "x"}, truth_voxels=99)
     refused("other test sets: the truth of case scan0, WT, has 99 and 100 voxels", [first, other])
     reference = write_run(shards, "reference", flat(0.5), method={"name": "x"}, evaluate={"empty": "reference"})
-    refused("scored by other conventions: hd95_empty is .*one empty the image diagonal.* there and .*one empty also 0.* here", [first, reference][::-1])
+    refused("scored by other conventions: hd95_empty is .*one empty the image diagonal.* in the first and .*one empty also 0.* in the second", [first, reference][::-1])
     allowed = write_run(shards, "allowed", flat(0.5), method={"name": "x"})
     refused("--published nothing: no such table", [first, allowed], published=["nothing"])
 

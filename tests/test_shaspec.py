@@ -224,7 +224,7 @@ def test_stages_and_their_optimiser():
 
 def test_learning_rate_of_both_stages():
     """The specification counts steps through both stages: 79,999 of 80,000, and 80,000 of 180,000."""
-    roles = {stage: make().roles(stage)[stage] for stage in ("complete", "missing")}
+    roles = {stage: make(warm_restart=80_000).roles(stage)[stage] for stage in ("complete", "missing")}
     for stage, step, total, expected in (("complete", 0, 80_000, 1e-2), ("complete", 79_999, 80_000, 3.866e-7), ("missing", 0, 100_000, 5.8919e-3)):
         progress = Progress(step=step, epoch=0, total_steps=total, total_epochs=1)
         assert roles[stage].optimizer.lr * lr_factor(roles[stage].schedule, progress) == pytest.approx(expected, rel=1e-3)
