@@ -93,8 +93,9 @@ def test_two_ranks_with_disjoint_subsets_take_the_same_steps_under_zero_1_and_3(
         assert figures["after"] == second[key]["after"] != figures["before"], key  # one network, which learned
         if key.startswith("1/"):
             cut = [ranks["3" + key[1:]] for ranks in (first, second)]
-            assert [c["losses"] for c in cut] == [pytest.approx(f["losses"], rel=1e-4) for f in (figures, second[key])]
-            assert cut[0]["after"] == pytest.approx(figures["after"], rel=1e-4)
+            # gathered weights lie elsewhere, where a convolution may round differently; norms of few values blow that up (test_train.py)
+            assert [c["losses"] for c in cut] == [pytest.approx(f["losses"], rel=1e-3) for f in (figures, second[key])]
+            assert cut[0]["after"] == pytest.approx(figures["after"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", SEGMENTATION)
