@@ -175,7 +175,7 @@ def test_warm_start_takes_what_fits_and_lists_the_rest(two_ranks, overrides, tmp
     (["train.stepz=3"], "unknown key train.stepz; did you mean 'steps'?"),
     (["train.steps=ten"], "train.steps: give a number of steps from 1, or one for each stage"),
     (["method.tao=3"], "override 'method.tao=3': unknown key method.tao; did you mean 'tau'?"),
-    (["method.name=mst_kd"], "no method 'mst_kd'; known: kd, mean_teacher, mst_kdnet"),
+    (["method.name=mst_kd"], "no method 'mst_kd'; known: dedicated, kd, "),
     (["data.crop=[60, 64, 64]"], "data.crop [60, 64, 64]: each axis must be divisible by 32; use [64, 64, 64]"),
     pytest.param(
         ["train.precision=fp16"], "train.precision fp16: this machine's CPU does not compute in it",
