@@ -12,11 +12,11 @@ from rich.console import Console
 
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
-from mstkd.subsets import Subset, part_of, possible_subsets, subset_name
 from mstkd.evaluate.weights import open_run
 from mstkd.shards.dataset import Case, DatasetSpec, Volume, known_specs, load_spec
 from mstkd.shards.preprocess import preprocess
 from mstkd.shards.raw_case import check_headers, grid_sequence
+from mstkd.subsets import Subset, part_of, possible_subsets, subset_name
 
 
 def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = None, postprocess: str | None = None) -> list[Path]:

@@ -13,9 +13,9 @@ from mstkd.errors import UserError
 from mstkd.evaluate.cases import diagonal_mm, references, score_labels
 from mstkd.evaluate.lesions import lesion_wise
 from mstkd.evaluate.metrics import Reference, dice, region_masks, surface_voxels
-from mstkd.subsets import all_subsets, parse_subset, subset_name
 from mstkd.evaluate.scoring import conventions, score
 from mstkd.shards.spec import LABEL_SCHEMES, SequenceStats, SubjectMeta
+from mstkd.subsets import all_subsets, parse_subset, subset_name
 
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
 SCHEME = LABEL_SCHEMES["brats2018"]

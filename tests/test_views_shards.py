@@ -181,6 +181,13 @@ def broken(source: Path, name: str) -> str:
         case "one class":
             shutil.rmtree(source / "audio/b"), shutil.rmtree(source / "images/b")
             return "all subjects are of class a"
+        case _:
+            return broken_table(source, name)
+
+
+def broken_table(source: Path, name: str) -> str:
+    """As `broken`, in what is given as CSV."""
+    match name:
         case "a word in a vector":
             (source / "embeddings.csv").write_text("id,e0\ns0,much\n")
             return "every column but id holds a number"

@@ -14,10 +14,10 @@ from mstkd.engine.stop import Stopped
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.metrics import Reference, dice, region_masks
-from mstkd.subsets import Subset, part_of, subset_name
 from mstkd.evaluate.scoring import Score, score
 from mstkd.evaluate.source import CaseSource
 from mstkd.shards.spec import LabelScheme, SubjectMeta
+from mstkd.subsets import Subset, part_of, subset_name
 
 log = logging.getLogger(__name__)
 

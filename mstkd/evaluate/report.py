@@ -14,10 +14,10 @@ from mstkd.evaluate.cases import Row, labelled
 from mstkd.evaluate.classification import Decision, area, confusion
 from mstkd.evaluate.figures import CasePicture
 from mstkd.evaluate.inference import Predictor, evaluation_mode
-from mstkd.subsets import Subset, possible_subsets, subset_name
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import millimetres, percent
 from mstkd.shards.spec import LabelScheme
+from mstkd.subsets import Subset, possible_subsets, subset_name
 
 TUMOUR_SCENARIOS = (("flair", "t1", "t1ce", "t2"), ("flair", "t1ce", "t2"), ("flair", "t1ce"), ("flair",))
 

@@ -26,7 +26,6 @@ from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.metrics import bounding_box
 from mstkd.evaluate.overlap import refuse, training_overlap
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_class_figures, draw_figures, write_report
-from mstkd.subsets import possible_subsets, subset_name
 from mstkd.evaluate.scoring import conventions
 from mstkd.evaluate.source import CaseSource, split_subjects
 from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
@@ -35,6 +34,7 @@ from mstkd.shards.dataset import DatasetSpec, Volume, load_spec
 from mstkd.shards.labels import read_labels
 from mstkd.shards.nifti import AFFINE_TOLERANCE_MM, read_volume
 from mstkd.shards.spec import LabelScheme
+from mstkd.subsets import possible_subsets, subset_name
 from mstkd.track import open_evaluation
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mstkd.evaluate.cases import Row
-from mstkd.subsets import all_subsets, subset_name
 from mstkd.evaluate.scoring import Score
+from mstkd.subsets import all_subsets, subset_name
 
 COUNTS = ("n", "n_nonempty", "false_positive_cases", "hd95_n", "missed")
 

@@ -11,9 +11,9 @@ from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row, score_subjects
 from mstkd.evaluate.classification import accuracies, decide
 from mstkd.evaluate.inference import Predictor
-from mstkd.subsets import Subset, parse_subset, possible_subsets, subset_name
 from mstkd.evaluate.source import CaseSource
 from mstkd.methods import Method
+from mstkd.subsets import Subset, parse_subset, possible_subsets, subset_name
 
 
 class Validation:

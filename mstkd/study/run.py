@@ -46,7 +46,7 @@ def tune(study: StudyConfig, shards: str, lock: IO, say: Say) -> dict[str, dict[
     }  # fmt: skip
     candidates, noted = [run for arm in runs.values() for run in arm], study.folder / "tuning.json"
     scores = json.loads(noted.read_text()) if noted.is_file() else {}
-    untried = [run for arm, found in runs.items() if len(scores.get(arm, {"scores": []})["scores"]) < len(found) for run in found]
+    untried = [run for arm, found in runs.items() if len(scores.get(arm, {"scores": []})["scores"]) != len(found) for run in found]
     for run in candidates:
         run.check()
     failed = _bring_to_end(untried, study, lock, say) if untried else []
