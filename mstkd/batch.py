@@ -1,6 +1,7 @@
 """What travels between loader, method and engine: shapes, dtypes and units, said once.
 
-Letters: B samples, M sequences (in the data set's order), K output channels, X Y Z voxels (RAS+).
+Letters: B samples, M sequences (in the data set's order), K output channels, X Y Z voxels (RAS+). Methods that work on
+axial slices get the same without Z: `(B, M, X, Y)`, both axes `data.slices.size` pixels long.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Batch:
 
     def visible(self) -> Tensor:
         """(B, M, X, Y, Z): `image` with every sequence that is not available replaced by `hidden_value`."""
-        mask = self.available[:, :, None, None, None]
+        mask = self.available.reshape(*self.available.shape, *[1] * (self.image.dim() - 2))
         # where, not multiplication: NaN or inf in a hidden voxel must not reach the student
         return torch.where(mask, self.image, torch.full_like(self.image, self.hidden_value))
 

@@ -70,12 +70,22 @@ class ShardSetConfig(Section):
     repeat: int = Field(1, ge=1)  # how often each of its items appears per epoch
 
 
+class SliceConfig(Section):
+    """Training on axial slices: which ones, and the size they are brought to."""
+
+    size: int = Field(128, ge=16)  # pixels per axis; the file's slice is padded to a square and resampled
+    min_brain: float = Field(0.05, ge=0, lt=1)  # share of that square that is brain, at least
+    region: Literal["WT", "TC", "ET"] | None = None  # that a training slice must show; None: labels are not looked at
+    min_region_pixels: int = Field(10, ge=1)  # of it, after resampling
+
+
 class AvailabilityConfig(Section):
     """What the student may see of an item, drawn anew for each one among the sequences that its subject has."""
 
-    kind: Literal["uniform", "size_first", "rising", "fixed", "natural"] = "uniform"
+    kind: Literal["uniform", "size_first", "rising", "fixed", "natural", "single"] = "uniform"
     """uniform: every non-empty subset equally likely. size_first: first how many, then which. rising: everything at first; the
-    share of items with a uniform draw grows over `ramp_epochs`. fixed: one of `subsets`. natural: nothing is hidden."""
+    share of items with a uniform draw grows over `ramp_epochs`. fixed: one of `subsets`. natural: nothing is hidden. single: one
+    sequence per subject, drawn once for the whole run (unpaired training)."""
     subsets: list[str] = []  # of kind fixed, e.g. ["t1", "t1+t2"], or one by its name
     ramp_epochs: float = Field(20.0, gt=0)  # of kind rising
 
@@ -94,7 +104,8 @@ class AvailabilityConfig(Section):
 class DataConfig(Section):
     shards: list[ShardSetConfig] = Field(min_length=1)
     fold: int = Field(0, ge=0)
-    crop: tuple[int, int, int] | None = None  # (X, Y, Z) voxels; volumes need it
+    crop: tuple[int, int, int] | None = None  # (X, Y, Z) voxels; volumes need it, or slices
+    slices: SliceConfig | None = None  # for methods that work on axial slices
     foreground_share: float = Field(0.0, ge=0, le=1)  # share of crops centred on a labelled voxel; the rest uniform
     crops: Literal["fresh", "fixed"] = "fresh"  # fixed: an item's crop and augmentation are the same in every epoch
     augment: AugmentConfig = AugmentConfig()

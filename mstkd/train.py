@@ -129,7 +129,8 @@ def _train_stages(run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbe
 
 def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunConfig]:
     """The method with freshly initialised networks, and the configuration with its `method:` section resolved."""
-    facts = DataFacts(training.sequences, training.stores[0].index.scheme, config.data.crop, training.classification)
+    slice_size = config.data.slices.size if config.data.slices else None
+    facts = DataFacts(training.sequences, training.stores[0].index.scheme, config.data.crop, training.classification, slice_size)
     torch.manual_seed(config.seed)  # the same initial weights on every rank and for every rank count
     method = methods.build(config.method, facts)
     if config.train.recompute:
@@ -191,6 +192,8 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbea
         if config.init_from and not resumed:
             warm_start(method, safetensors_of(Path(config.init_from)))
         files = {network: _load_needed(network, earlier, run) for network, earlier in method.needs(name).items()}
+        if not resumed:
+            method.begin(name)
     trained = {network for role in roles.values() for network in role.results}  # one that is needed and trained only starts from there
     files = {network: file for network, file in files.items() if network not in trained}
     before = resumed[1] if resumed else TrainState()

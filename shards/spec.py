@@ -110,6 +110,14 @@ class SubjectMeta(Strict):
     grid_shape: tuple[int, int, int] | None = None  # of the RAS+ grid after resampling; None: not resampled
     crop_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) per axis, in that RAS+ grid
 
+    @property
+    def ras_shape(self) -> tuple[int, int, int]:
+        """(X, Y, Z) of the RAS+ grid in which `crop_box` lies: the file's own, or the one it was resampled to."""
+        if self.grid_shape is not None:
+            return self.grid_shape
+        length = dict(zip(self.orientation, self.original_shape, strict=True))
+        return tuple(length[code] if code in length else length[opposite] for code, opposite in ("RL", "AP", "SI"))
+
 
 class Classification(Strict):
     """What a set for classification holds instead of volumes: views of a subject, which may be of different kinds, and its class."""

@@ -14,7 +14,7 @@ from mstkd.shards.spec import LABEL, Classification, SubjectEntry
 
 log = logging.getLogger(__name__)
 
-VOLUME_KEYS = ("crop", "crops", "foreground_share", "augment")  # of DataConfig: they say nothing about views
+VOLUME_KEYS = ("crop", "slices", "crops", "foreground_share", "augment")  # of DataConfig: they say nothing about views
 WINDOWS_AHEAD = 2  # the one being read and the next: its subjects are shuffled, so all of its tars are wanted almost at once
 
 
@@ -82,8 +82,10 @@ def open_training(config: DataConfig, seed: int, complete_only: bool) -> Trainin
 
 def _check_kind(config: DataConfig, store: ShardStore) -> None:
     if store.index.classification is None:
-        if config.crop is None:
+        if config.crop is None and config.slices is None:
             raise UserError(f"data.crop: missing, and {store.folder} holds volumes; give the training crop in voxels, e.g. [128, 128, 128]")
+        if config.crop is not None and config.slices is not None:
+            raise UserError("data.slices: given together with data.crop; remove one of them")
         return
     for key in VOLUME_KEYS:
         if getattr(config, key) != DataConfig.model_fields[key].default:

@@ -69,7 +69,9 @@ def open_run(run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("s
     declared = data["label_scheme"]
     scheme = LabelScheme.model_validate(declared) if isinstance(declared, dict) else declared
     views = data.get("classification")
-    facts = DataFacts(tuple(data["sequences"]), scheme_of(scheme), config.data.crop, views and Classification.model_validate(views))
+    slice_size = config.data.slices.size if config.data.slices else None
+    classification = views and Classification.model_validate(views)
+    facts = DataFacts(tuple(data["sequences"]), scheme_of(scheme), config.data.crop, classification, slice_size)
     method = build(config.method, facts, config.origin)
     if method.task not in tasks:
         raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; this command takes runs of {' and '.join(tasks)}")

@@ -26,8 +26,9 @@ class DataFacts:
 
     sequences: tuple[str, ...]  # in channel order, e.g. ("flair", "t1", "t1ce", "t2")
     label_scheme: LabelScheme | None
-    crop: tuple[int, int, int] | None  # training crop (X, Y, Z) in voxels; None: views have none
+    crop: tuple[int, int, int] | None  # training crop (X, Y, Z) in voxels; None: views and slices have none
     classification: Classification | None = None  # the views, which are then the sequences, and the classes; None: volumes
+    slice_size: int | None = None  # pixels per axis of the axial slices that a method of two dimensions sees
 
 
 class RoleStep(nn.Module):
@@ -70,9 +71,11 @@ class Method(ABC):
     Config: ClassVar[type[BaseModel]]  # the recipe's `method:` section without `name`
     task: ClassVar[Literal["segmentation", "synthesis", "classification"]]
     stages: ClassVar[tuple[str, ...]]  # in order
+    dimensions: ClassVar[Literal[2, 3]] = 3  # 2: it is given axial slices, (B, M, X, Y)
     complete_only: ClassVar[bool] = True  # True: subjects that lack a sequence are dropped from training (counted)
     scored: ClassVar[tuple[str, ...]] = ("student", "teacher")  # what evaluation reports; the first that a stage trains selects its "best"
     sees_all: ClassVar[tuple[str, ...]] = ()  # those of them made for complete input: validation shows them every sequence
+    oracles: ClassVar[tuple[str, ...]] = ()  # those of them that are given the test labels, through `predict_oracle`: marked and never ranked
 
     any_order: ClassVar[bool] = False  # True: networks know sequences by name; listed in another order, the same weights give the same output
 
@@ -113,16 +116,24 @@ class Method(ABC):
         """
         return {}
 
+    def begin(self, stage: str) -> None:
+        """Called where `stage` begins, not where it resumes, once what it `needs` is loaded: networks that start from others are filled here."""
+
     @abstractmethod
     def predict(self, image: Tensor | dict[str, Tensor], available: Tensor, network: str = "student") -> Tensor:
         """Logits (B, K, X, Y, Z) of `network` for image (B, M, X, Y, Z), hidden sequences already filled; available (B, M) bool.
 
-        Classification: logits (B, K) of the K classes for views by name, each (B, ...) as in ViewBatch.
+        Classification: logits (B, K) of the K classes for views by name, each (B, ...) as in ViewBatch. Synthesis: the
+        completed stack (B, M, ...) in the method's intensities; what is available stands in it as it was given.
         """
 
-    @abstractmethod
+    def predict_oracle(self, image: Tensor, available: Tensor, label: Tensor, network: str) -> Tensor:
+        """As `predict`, for one of `oracles`: it also sees `label` (B, ...) uint8 in the data's label scheme."""
+        raise NotImplementedError(f"{type(self).__name__} names no oracles")
+
     def to_labels(self, logits: Tensor) -> Tensor:
         """Label map (B, X, Y, Z) uint8 in the data's label scheme from logits (B, K, X, Y, Z); classification: classes (B,)."""
+        raise NotImplementedError(f"{type(self).__name__} is for {self.task}; it draws no label maps")
 
     def features(self, image: Tensor, available: Tensor) -> dict[str, tuple[Tensor, list[int]]]:
         """Where a method has features of single sequences: kind -> vectors (N, C) float32 and the sequence (index) of each of the N.
@@ -172,5 +183,8 @@ def build(section: dict, facts: DataFacts, origin: dict[str, str] | None = None)
     if (method.task == "classification") != (facts.classification is not None):
         held = "volumes, not views with classes" if facts.classification is None else f"views of {' and '.join(facts.sequences)}, not volumes"
         raise UserError(f"method.name: {section['name']} is for {method.task}, and the shard set holds {held}; choose another of the two")
+    if (method.dimensions == 2) != (facts.slice_size is not None) and facts.classification is None:
+        given, wanted = ("data.crop", "data.slices") if method.dimensions == 2 else ("data.slices", "data.crop")
+        raise UserError(f"{given}: {section['name']} works on {'axial slices' if method.dimensions == 2 else 'volumes'}; give {wanted} instead")
     method.check_crop(config, facts.crop)
     return method(config, facts)

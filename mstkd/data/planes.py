@@ -1,0 +1,58 @@
+"""Axial slices as 2D networks see them: the file's own plane, padded to a square and brought to one size.
+
+Letters: X Y voxels of a stored volume's plane, S pixels per axis of the square that a network sees.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mstkd.shards.spec import SubjectMeta
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where the axial slices of one stored volume lie in the square."""
+
+    start: tuple[int, int]  # of the stored plane in the padded one, voxels
+    shape: tuple[int, int]  # (X, Y) of the stored plane, voxels
+    side: int  # of the padded plane, voxels
+    size: int  # S
+
+    @classmethod
+    def of(cls, meta: SubjectMeta, size: int) -> "Plane":
+        """The plane of a subject's slices, for squares of `size` pixels."""
+        lengths, box = meta.ras_shape[:2], meta.crop_box[:2]
+        side = max(lengths)
+        start = tuple(low + (side - length) // 2 for (low, _), length in zip(box, lengths, strict=True))
+        return cls(start, tuple(high - low for low, high in box), side, size)
+
+    def bring(self, slices: Tensor, fill: float) -> Tensor:
+        """Images (..., X, Y) float32 as (..., S, S): bilinear, with antialiasing where pixels become coarser; around them `fill`."""
+        if self.size == self.side:
+            return self._padded(slices, fill)
+        flat = self._padded(slices, fill).reshape(1, -1, self.side, self.side)
+        brought = functional.interpolate(flat, (self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
+        return brought.reshape(*slices.shape[:-2], self.size, self.size)
+
+    def bring_labels(self, slices: Tensor) -> Tensor:
+        """Masks or label maps (..., X, Y) of any type as (..., S, S): each pixel from the nearest voxel, 0 around them."""
+        nearest = ((torch.arange(self.size, device=slices.device) + 0.5) * (self.side / self.size)).long()
+        return self._padded(slices, 0)[..., nearest[:, None], nearest]
+
+    def back(self, squares: Tensor) -> Tensor:
+        """Images (..., S, S) float32 on the stored plane, (..., X, Y); bilinear."""
+        if self.size != self.side:
+            flat = squares.reshape(1, -1, self.size, self.size)
+            flat = functional.interpolate(flat, (self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
+            squares = flat.reshape(*squares.shape[:-2], self.side, self.side)
+        rows, columns = (slice(start, start + length) for start, length in zip(self.start, self.shape, strict=True))
+        return squares[..., rows, columns]
+
+    def _padded(self, slices: Tensor, fill: float) -> Tensor:
+        padded = slices.new_full((*slices.shape[:-2], self.side, self.side), fill)
+        rows, columns = (slice(start, start + length) for start, length in zip(self.start, self.shape, strict=True))
+        padded[..., rows, columns] = slices
+        return padded
