@@ -241,6 +241,7 @@ class EvaluateConfig(Section):
     networks: list[str] | None = None  # default: all that the method scores
     hd95: Literal["directed_max", "pooled"] = "directed_max"
     empty: Literal["penalty", "reference"] = "penalty"  # one-empty HD95: the image diagonal, or 0 as in the reference code
+    assd: bool = False  # the average symmetric surface distance, too
     lesion_wise: bool = False
 
 

@@ -222,11 +222,11 @@ def test_options_reach_the_figures_and_are_named(evaluated, shards, tmp_path):
     (tmp_path / "shards").symlink_to(shards)
     other = write_run(tmp_path, "toy", {"name": "toys.linear"})
     config = yaml.safe_load((other / "config.yaml").read_text())
-    config["evaluate"] = {"networks": ["student"], "empty": "reference", "hd95": "pooled", "lesion_wise": True}
+    config["evaluate"] = {"networks": ["student"], "empty": "reference", "hd95": "pooled", "assd": True, "lesion_wise": True}
     (other / "config.yaml").write_text(yaml.safe_dump(config))
     summary = evaluate_run(other)
     assert not (other / "evaluation" / "summary_teacher.json").exists()
-    assert all(set(cell) == CELL | {"lesion_dice", "lesion_hd95_mm"} for cell in summary["mean"].values())
+    assert all(set(cell) == CELL | {"assd_mm", "assd_nonempty_mm", "lesion_dice", "lesion_hd95_mm"} for cell in summary["mean"].values())
     notes = summary["conventions"]
     assert "rewards missed" in notes["hd95_empty"] and "pooled" in notes["hd95_mm"] and "18-connected" in notes["lesion_wise"]
     usual = read(evaluated / "summary.json")["subsets"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.metrics import compute_hausdorff_distance
+from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from scipy.spatial.distance import cdist
 
 from mstkd.config import EvaluateConfig
@@ -54,6 +54,24 @@ def test_pooled_hd95_is_the_percentile_of_all_surface_distances(seed):
     apart = cdist(surface_voxels(prediction) * ANISOTROPIC, surface_voxels(truth) * ANISOTROPIC)
     expected = np.percentile(np.concatenate([apart.min(0), apart.min(1)]), 95)
     assert reference(truth, ANISOTROPIC).hd95_mm(prediction, pooled=True) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_assd_is_monais(seed):
+    truth, prediction = blobs(seed), blobs(1000 + seed)
+    expected = compute_average_surface_distance(
+        torch.from_numpy(prediction)[None, None], torch.from_numpy(truth)[None, None],
+        include_background=True, symmetric=True, spacing=list(ANISOTROPIC),
+    ).item()  # fmt: skip
+    assert score(reference(truth, ANISOTROPIC), prediction, EvaluateConfig(assd=True)).assd_mm == pytest.approx(expected, rel=1e-5)
+
+
+def test_assd_of_empty_masks_is_that_of_hd95():
+    some, none = blobs(1), np.zeros_like(blobs(1))
+    for truth, prediction, expected in ((none, none, 0.0), (some, none, 100.0), (none, some, 100.0), (some, some, 0.0)):
+        assert score(reference(truth), prediction, EvaluateConfig(assd=True)).assd_mm == expected
+    assert score(reference(some), none, EvaluateConfig(assd=True, empty="reference")).assd_mm == 0.0
+    assert score(reference(some), some, EvaluateConfig()).assd_mm is None
 
 
 def test_surface_is_six_connected_and_the_border_counts_as_outside():

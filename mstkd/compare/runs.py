@@ -90,7 +90,8 @@ def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
 
 
 def _check_conventions(first: EvaluatedRun, run: EvaluatedRun) -> None:
-    if run.config.evaluate.lesion_wise != first.config.evaluate.lesion_wise:
+    added = [(run.config.evaluate.assd, run.config.evaluate.lesion_wise) for run in (first, run)]
+    if added[0] != added[1]:
         return _check_texts(first, run, {*first.conventions} & {*run.conventions})  # only adds figures that are not compared
     return _check_texts(first, run, {*first.conventions} | {*run.conventions})
 

@@ -3,8 +3,11 @@
 Dice = 2 |P & T| / (|P| + |T|); both empty 1, one empty 0.
 HD95 is the larger of the two directed 95th percentiles of Euclidean distance, in mm, between 6-connected surface
 voxels (MONAI's `compute_hausdorff_distance`); both empty 0, one empty the image diagonal.
+ASSD is the mean of the same distances over the voxels of both surfaces together (MONAI's `compute_average_surface_distance`,
+symmetric); empty as for HD95.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -70,15 +73,40 @@ class Reference:
         elsewhere[tuple(self._surface.T)] = False
         return distance_transform_edt(elsewhere, sampling=self.spacing_mm)
 
-    def hd95_mm(self, prediction: Mask, pooled: bool = False, one_empty_mm: float | None = None) -> float:
-        """HD95 in mm; `pooled` takes one percentile over both directions together."""
+    def distances(self, prediction: Mask) -> "SurfaceDistances":
+        """From every surface voxel of either mask to the nearest one of the other."""
         surface = surface_voxels(prediction)
-        if not self.voxels and not len(surface):
-            return 0.0
         if not self.voxels or not len(surface):
-            return self.diagonal_mm if one_empty_mm is None else one_empty_mm
-        to_truth = self._distance_mm[tuple(surface.T)]
+            return SurfaceDistances(np.empty(0), np.empty(0), self.diagonal_mm if self.voxels or len(surface) else 0.0)
         from_truth, _ = cKDTree(surface * np.asarray(self.spacing_mm)).query(self._surface * np.asarray(self.spacing_mm))
+        return SurfaceDistances(self._distance_mm[tuple(surface.T)], from_truth, self.diagonal_mm)
+
+    def hd95_mm(self, prediction: Mask, pooled: bool = False, one_empty_mm: float | None = None) -> float:
+        """As `SurfaceDistances.hd95_mm`."""
+        return self.distances(prediction).hd95_mm(pooled, one_empty_mm)
+
+
+@dataclass(frozen=True)
+class SurfaceDistances:
+    """Distances in mm between two surfaces; none where one or both are empty."""
+
+    from_prediction: NDArray[np.float64]  # per surface voxel of the prediction
+    from_truth: NDArray[np.float64]
+    empty_mm: float  # what stands for a distance where there is none: 0 if both are empty, else the image diagonal
+
+    def hd95_mm(self, pooled: bool = False, one_empty_mm: float | None = None) -> float:
+        """`pooled` takes one percentile over both directions together."""
+        if not len(self.from_truth):
+            return self._without(one_empty_mm)
         if pooled:
-            return float(np.percentile(np.concatenate([to_truth, from_truth]), 95))
-        return float(max(np.percentile(to_truth, 95), np.percentile(from_truth, 95)))
+            return float(np.percentile(np.concatenate([self.from_prediction, self.from_truth]), 95))
+        return float(max(np.percentile(self.from_prediction, 95), np.percentile(self.from_truth, 95)))
+
+    def assd_mm(self, one_empty_mm: float | None = None) -> float:
+        """Average symmetric surface distance."""
+        if not len(self.from_truth):
+            return self._without(one_empty_mm)
+        return float(np.concatenate([self.from_prediction, self.from_truth]).mean())
+
+    def _without(self, one_empty_mm: float | None) -> float:
+        return one_empty_mm if self.empty_mm and one_empty_mm is not None else self.empty_mm

@@ -15,6 +15,7 @@ class Score:
     truth_voxels: int
     predicted_voxels: int
     hd95_mm: float | None = None
+    assd_mm: float | None = None
     lesion_dice: float | None = None
     lesion_hd95_mm: float | None = None
 
@@ -24,9 +25,11 @@ def score(reference: Reference, prediction: Mask, options: EvaluateConfig | None
     overlap, predicted = dice(prediction, reference.truth), int(prediction.sum())
     if options is None:
         return Score(overlap, reference.voxels, predicted)
-    distance = reference.hd95_mm(prediction, options.hd95 == "pooled", 0.0 if options.empty == "reference" else None)
+    distances, one_empty_mm = reference.distances(prediction), 0.0 if options.empty == "reference" else None
+    hd95_mm = distances.hd95_mm(options.hd95 == "pooled", one_empty_mm)
+    assd_mm = distances.assd_mm(one_empty_mm) if options.assd else None
     lesions = lesion_wise(prediction, reference.truth, reference.spacing_mm) if options.lesion_wise else ()
-    return Score(overlap, reference.voxels, predicted, distance, *lesions)
+    return Score(overlap, reference.voxels, predicted, hd95_mm, assd_mm, *lesions)
 
 
 def conventions(options: EvaluateConfig) -> dict[str, str]:
@@ -47,6 +50,8 @@ def conventions(options: EvaluateConfig) -> dict[str, str]:
         "threshold": "labels as the method decides them (to_labels); scores are computed on that label map",
         "mean": "unweighted mean over subsets of the means over cases; counts are summed",
     }
+    if options.assd:
+        texts["assd_mm"] = "mean distance over the surface voxels of truth and prediction together, in mm; empty as for hd95_mm"
     if options.lesion_wise:
         texts["lesion_wise"] = (
             "BraTS 2023: truth dilated 3 times (18-connected), lesions 26-connected; truth lesions of 50 mm^3 or less left out; "
