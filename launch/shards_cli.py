@@ -181,6 +181,20 @@ def inspect(
         typer.echo(f"wrote {png}")
 
 
+@shards.command()
+def nnunet(folder: Folder, out: Annotated[Path, typer.Option(help="Folder to create, by custom DatasetXXX_Name.")]) -> None:
+    """Write a shard set as nnU-Net's raw data folder; nnU-Net's predictions are scored with `mstkd evaluate --pred`.
+
+    Example: mstkd shards nnunet shards/completed --out nnUNet_raw/Dataset501_Completed
+
+    Example: mstkd evaluate --pred predictions --ref nnUNet_raw/Dataset501_Completed/labelsTs --spec nnunet
+    """
+    from mstkd.shards.nnunet_export import export_nnunet
+
+    counts = export_nnunet(folder, out)
+    typer.echo(f"wrote {counts['Tr']} cases for training and {counts['Ts']} for testing to {out}")
+
+
 def part_of(text: str | None) -> tuple[int, int] | None:
     """(2, 6) from "2/6". Raises UserError."""
     if text is None:

@@ -117,6 +117,7 @@ class DataConfig(Section):
     verify_sha256: bool = False  # hash each tar when it is opened; its size and first header are checked always
     cache_dir: str | None = None  # node-local folder for staged tars
     cache_gib: float = Field(100.0, gt=0)
+    synthetic: Literal["use", "hide"] = "use"  # hide: sequences that a network made (`mstkd predict`) count as missing
     allow_overlap: bool = False  # train and test sharing a subject is otherwise refused
 
     @model_validator(mode="before")
@@ -239,6 +240,7 @@ class ValidateConfig(Section):
 
 class EvaluateConfig(Section):
     networks: list[str] | None = None  # default: all that the method scores
+    given: Literal["subsets", "present"] = "subsets"  # present: each case once, with all that it has, instead of every subset
     hd95: Literal["directed_max", "pooled"] = "directed_max"
     empty: Literal["penalty", "reference"] = "penalty"  # one-empty HD95: the image diagonal, or 0 as in the reference code
     assd: bool = False  # the average symmetric surface distance, too

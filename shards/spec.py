@@ -109,6 +109,12 @@ class SubjectMeta(Strict):
     orientation: str  # axis codes of the file, e.g. "LPS"
     grid_shape: tuple[int, int, int] | None = None  # of the RAS+ grid after resampling; None: not resampled
     crop_box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # (start, stop) per axis, in that RAS+ grid
+    synthetic: tuple[str, ...] = ()  # those of `sequences` that a network made; their raw scale is its own, 0 to 1
+
+    @model_serializer(mode="wrap")
+    def _measured_as_ever(self, write: SerializerFunctionWrapHandler) -> dict:
+        """A subject without synthetic sequences has the same bytes as before there were any."""
+        return _without_empty(write(self), "synthetic")
 
     @property
     def ras_shape(self) -> tuple[int, int, int]:
@@ -154,6 +160,16 @@ class SubjectEntry(Strict):
     ranges: dict[str, tuple[float, float]] = {}  # per sequence: smallest and largest stored value (z-score, float16)
     fingerprint: dict[str, str]  # per sequence: base64 of float16 16^3 block means of the z-scored volume
     label_volume_ml: dict[str, float] = Field(default_factory=dict)  # per region of the scheme
+    synthetic: tuple[str, ...] = ()  # as in SubjectMeta
+
+    @model_serializer(mode="wrap")
+    def _measured_as_ever(self, write: SerializerFunctionWrapHandler) -> dict:
+        return _without_empty(write(self), "synthetic")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The sequences that came from a scanner."""
+        return tuple(name for name in self.sequences if name not in self.synthetic)
 
 
 class ShardEntry(Strict):
@@ -178,8 +194,7 @@ class ShardIndex(Strict):
     @model_serializer(mode="wrap")
     def _volumes_as_ever(self, write: SerializerFunctionWrapHandler) -> dict:
         """A set of volumes has the same index.json, and so the same digest, as before there were views."""
-        values = write(self)
-        return {key: value for key, value in values.items() if key != "classification" or value is not None}
+        return _without_empty(write(self), "classification")
 
     @property
     def scheme(self) -> LabelScheme | None:
@@ -203,6 +218,11 @@ class Splits(Strict):
     folds: tuple[Fold, ...]
     test: tuple[str, ...] = ()
     allow_overlap: bool = False  # stated by whoever made an explicit split; reports print it
+
+
+def _without_empty(values: dict, key: str) -> dict:
+    """What is written, without a key that says nothing."""
+    return {name: value for name, value in values.items() if name != key or value}
 
 
 def read_index(folder: Path) -> ShardIndex:

@@ -34,20 +34,26 @@ class BadSample(UserError):
 class ShardStore:
     """Random access to the subjects of a shard set. Cheap to send to a worker process: tars are mapped on first use."""
 
-    def __init__(self, folder: Path | str, cache_dir: Path | str | None = None, cache_gib: float = 100.0, verify_sha256: bool = False):
+    def __init__(
+        self, folder: Path | str, cache_dir: Path | str | None = None, cache_gib: float = 100.0, verify_sha256: bool = False,
+        hide_synthetic: bool = False,
+    ):  # fmt: skip
         """Reads index.json and splits.json. `folder` may be an http, https or s3 address; its tars are staged in `cache_dir`.
 
         Raises UserError: an address that is not read from, a file of the set missing, an index that cannot be true, a
         local tar missing, truncated, altered in size or not in the index.
 
         With `verify_sha256` each process also hashes every tar it opens, once: a whole read of it at the hash's speed.
+        With `hide_synthetic` sequences that a network made count as missing.
         """
         remote = check_location(str(folder))
         if remote and not cache_dir:
             raise UserError(f"data.cache_dir: not set, and {shown(folder)} lies on a server; name a folder on a local disk for its tars")
         self.folder: Path | RemoteFolder = RemoteFolder(str(folder)) if remote else Path(folder)
         self.index, self.splits = _fetch_set(self.folder) if isinstance(self.folder, RemoteFolder) else read_set(self.folder)
-        self.subjects = self.index.subjects()
+        self._indexed = self.index.subjects()
+        self._hide_synthetic = hide_synthetic
+        self.subjects = {key: entry.model_copy(update={"sequences": entry.measured}) for key, entry in self._indexed.items()} if hide_synthetic else self._indexed
         self._tar_of = {entry.subject: tar for tar in self.index.shards for entry in tar.subjects}
         self._cache = StagingCache(Path(cache_dir), cache_gib) if cache_dir else None
         self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
@@ -92,7 +98,8 @@ class ShardStore:
         brain = _array(_payload(mapped, members, BRAIN), np.uint8, 3)
         label = _array(_payload(mapped, members, LABEL), np.uint8, 3) if LABEL in members else None
         self._check_agreement(key, meta, image, brain, label)
-        return Sample(image, brain, label, meta)
+        shown = meta.model_copy(update={"sequences": self.subjects[key].sequences}) if self._hide_synthetic else meta
+        return Sample(image, brain, label, shown)
 
     def _views(self, key: str, mapped: mmap.mmap, members: dict[str, tuple[int, int]]) -> ViewSample:
         facts, meta = self.index.classification, decode_view_meta(_payload(mapped, members, META))
@@ -210,7 +217,7 @@ class ShardStore:
             raise ValueError(f"shapes do not fit: image {image.shape}, others {others}, {len(self.index.sequences)} sequences")
 
     def _check_meta(self, key: str, meta: SubjectMeta | ViewMeta) -> None:
-        entry = self.subjects[key]
+        entry = self._indexed[key]
         if (meta.subject, meta.patient, meta.sequences) != (key, entry.patient, entry.sequences):
             raise ValueError("meta.json and index.json disagree")
 

@@ -49,7 +49,7 @@ class TrainingSet:
 
 def open_stores(config: DataConfig) -> list[ShardStore]:
     """The shard sets of a recipe. Raises UserError if they differ in sequences, label scheme or classes."""
-    stores = [ShardStore(shards.path, config.cache_dir, config.cache_gib, config.verify_sha256) for shards in config.shards]
+    stores = [ShardStore(shards.path, config.cache_dir, config.cache_gib, config.verify_sha256, config.synthetic == "hide") for shards in config.shards]
     first = stores[0]
     for store in stores[1:]:
         for fact in ("sequences", "label_scheme", "classification"):

@@ -21,6 +21,8 @@ from mstkd.subsets import Subset, part_of, subset_name
 
 log = logging.getLogger(__name__)
 
+PRESENT = "present"  # in place of a subset's name: everything that the case has
+
 
 @dataclass(frozen=True)
 class Row:
@@ -56,7 +58,7 @@ def score_subjects(
     networks: Sequence[str],
     source: CaseSource,
     subjects: Sequence[str],
-    subsets: Sequence[Subset],
+    subsets: Sequence[Subset] | None,
     scheme: LabelScheme,
     options: EvaluateConfig | None = None,
     rank: int = 0,
@@ -66,7 +68,7 @@ def score_subjects(
     """Rows of every subject x network x subset x region, the same on every rank and for any number of ranks.
 
     `scheme` is the one the method predicts in; the truth is read in the source's own. A subset is left out for a
-    case that lacks one of its sequences. Without `options` Dice alone. Collective with several ranks.
+    case that lacks one of its sequences; None: each case once, given all that it has. Without `options` Dice alone. Collective with several ranks.
     `stopping` (collective) is asked before each round of `world` cases; raises Stopped when it says so.
     """
     _check_regions(scheme, source)
@@ -121,12 +123,18 @@ def _score_case(predictor, networks, source, key, subsets, scheme, options) -> l
     volume = predictor.volume(sample.image, sample.brain, meta)
     rows = []
     for network in networks:
-        for subset in (subset for subset in subsets if part_of(subset, volume.present)):
+        for name, subset in _given(subsets, volume.present, predictor.sequences).items():
             labels = (predictor.file_labels if resampled else predictor.labels)(network, volume, subset)
             scores = score_labels(truth, labels, scheme, options)
-            name = subset_name(predictor.sequences, subset)
             rows += [Row(network, key, name, region, scores[region]) for region in scheme.regions]
     return rows
+
+
+def _given(subsets: Sequence[Subset] | None, present: Subset, sequences: Sequence[str]) -> dict[str, Subset]:
+    """What a case is scored on, by name."""
+    if subsets is None:
+        return {PRESENT: present}
+    return {subset_name(sequences, subset): subset for subset in subsets if part_of(subset, present)}
 
 
 def _file_label(source: CaseSource, key: str) -> NDArray[np.uint8]:
