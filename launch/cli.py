@@ -142,15 +142,31 @@ def evaluate(
 @app.command()
 def predict(
     run: RunFolder,
-    input: Annotated[Path, typer.Option(help="Folder of NIfTI cases with any subset of the sequences.")],
-    output: Annotated[Path, typer.Option(help="Folder to create for the label maps.")],
+    input: Annotated[Path, typer.Option(help="Folder of NIfTI cases with any subset of the sequences. Synthesis: or a shard set.")],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
     spec: Annotated[str | None, typer.Option(help="How files are named. Default: as in the run's data set.")] = None,
     postprocess: Postprocess = None,
+    given: Annotated[str | None, typer.Option(help="Synthesis: show the network these sequences, e.g. flair, or one drawn per case: drawn.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of --given drawn.")] = 0,
 ) -> None:
-    """Predict label maps for NIfTI cases, on their original grid.
+    """Predict label maps for NIfTI cases, on their original grid; with a synthesis run the sequences that cases lack.
 
     Example: mstkd predict runs/mst_kdnet_phantom --input cases --output predictions
+
+    Example: mstkd predict runs/utad_net_phantom --input demo/shards --output demo/completed --given drawn
     """
+    from mstkd.methods import load
+    from mstkd.run_folder import read_run_config
+
+    if load(read_run_config(run).method["name"]).task == "synthesis":
+        if postprocess:
+            raise UserError("--postprocess: is for label maps; a synthesis run makes images")
+        from mstkd.complete import complete
+
+        typer.echo(f"wrote {complete(run, input, output, spec, given, seed)} to {output}")
+        return
+    if given:
+        raise UserError("--given: is for synthesis runs; a segmentation uses every sequence that a case has")
     from mstkd.predict import predict_folder
 
     written = predict_folder(run, input, output, spec, postprocess)

@@ -1,7 +1,12 @@
-"""`mstkd predict`: label maps for a folder of NIfTI cases, each with whatever sequences it has."""
+"""`mstkd predict`: label maps for a folder of NIfTI cases, each with whatever sequences it has; or the sequences that cases lack.
+
+What a synthesis run makes is in `mstkd/complete.py`.
+"""
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +17,11 @@ from rich.console import Console
 
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
-from mstkd.evaluate.weights import open_run
+from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.shards.dataset import Case, DatasetSpec, Volume, known_specs, load_spec
 from mstkd.shards.preprocess import preprocess
 from mstkd.shards.raw_case import check_headers, grid_sequence
-from mstkd.subsets import Subset, part_of, possible_subsets, subset_name
+from mstkd.subsets import largest_given, subset_name
 
 
 def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = None, postprocess: str | None = None) -> list[Path]:
@@ -25,69 +30,76 @@ def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = 
     The layout and file names of `input` are those of `spec`, by default of the run's own data set; any non-empty
     subset of sequences will do, labels are not looked at. Label maps are uint8 in the run's label scheme, on the
     grid of the case's first sequence (of the spec's `common_grid`, where it has one). If the spec resamples, the
-    networks' logits are interpolated on that grid and labels decided there. `postprocess`: another rule than the run's own. `output` appears when all is done. Raises
-    UserError: output exists, no case, an unreadable file, sequences of a case on different grids.
+    networks' logits are interpolated on that grid and labels decided there. `postprocess`: another rule than the run's own.
+    `output` appears when all is done. Raises UserError: output exists, no case, an unreadable file, sequences of a case on different grids.
     """
     output = Path(output)
-    if output.exists():
-        raise UserError(f"{output}: exists already; choose another --output or remove it")
+    refuse_existing(output)
     run = open_run(run_dir).postprocessed(postprocess)
-    if spec is None and run.dataset not in known_specs():
-        raise UserError(f"{run_dir}: its data set {run.dataset} has no packaged spec; say how files are named with --spec FILE")
-    dataset = load_spec(spec or run.dataset, Path(input))
-    if unknown := [name for name in dataset.sequences if name not in run.facts.sequences]:
-        raise UserError(f"spec {dataset.name}: the run knows no sequence {unknown[0]}, only {', '.join(run.facts.sequences)}; choose another --spec")
-    cases = dataset.find_cases(Path(input), require_complete=False)
-    for case in cases:  # all headers before the first forward: a bad last case must not cost the others
-        check_headers(case, dataset)
-    predictor, console = run.predictor(), Console()
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    used = {}
-    try:
-        with evaluation_mode(run.method):
-            for case in cases:
-                labels, used[case.subject] = _predict_case(predictor, run.networks[0], case, dataset)
-                save_label_map(labels, case.files[grid_sequence(case, dataset)], partial / f"{case.subject}.nii.gz")
-                console.print(f"{case.subject}: {used[case.subject]}", highlight=False)
+    dataset, cases = cases_of(run, Path(input), spec)
+    predictor, used = run.predictor(), {}
+    with whole_folder(output) as partial, evaluation_mode(run.method):
+        for case in cases:
+            labels, used[case.subject] = _predict_case(predictor, run.networks[0], case, dataset)
+            save_like(labels, case.files[grid_sequence(case, dataset)], partial / f"{case.subject}.nii.gz")
+            Console().print(f"{case.subject}: {used[case.subject]}", highlight=False)
         (partial / "predictions.json").write_text(json.dumps(used, indent=1) + "\n")
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return [output / f"{case.subject}.nii.gz" for case in cases]
 
 
-def save_label_map(labels: NDArray[np.uint8], reference: Volume, path: Path) -> None:
-    """Write `labels`, which lie on the grid of the volume `reference`, as NIfTI with its geometry and none of its texts."""
+def cases_of(run: TrainedRun, input: Path, spec: str | None) -> tuple[DatasetSpec, list[Case]]:
+    """The cases in a folder, all headers read: a bad last case must not cost the others. Raises UserError as `predict_folder`."""
+    if spec is None and run.dataset not in known_specs():
+        raise UserError(f"{run.folder}: its data set {run.dataset} has no packaged spec; say how files are named with --spec FILE")
+    dataset = load_spec(spec or run.dataset, input)
+    if unknown := [name for name in dataset.sequences if name not in run.facts.sequences]:
+        raise UserError(f"spec {dataset.name}: the run knows no sequence {unknown[0]}, only {', '.join(run.facts.sequences)}; choose another --spec")
+    cases = dataset.find_cases(input, require_complete=False)
+    for case in cases:
+        check_headers(case, dataset)
+    return dataset, cases
+
+
+def refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"{output}: exists already; choose another --output or remove it")
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `output` when the block ends; if it fails, nothing is there."""
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_like(data: NDArray, reference: Volume, path: Path, description: str = "") -> None:
+    """Write `data`, which lies on the grid of the volume `reference`, as NIfTI with its geometry, its own type and none of the other's texts."""
     source = nib.load(reference.path)
     if not isinstance(source, nib.Nifti1Pair):  # Analyze, MGH: their headers mean other things
-        nib.save(nib.Nifti1Image(labels, source.affine), path)
+        image = nib.Nifti1Image(data, source.affine)
+        image.header["descrip"] = description.encode()
+        nib.save(image, path)
         return
     header = source.header.copy()
     header.extensions.clear()
     for text in {"descrip", "aux_file", "db_name", "intent_name"}.intersection(header.keys()):  # NIfTI-2 has no db_name
         header[text] = b""  # may name people or places
+    header["descrip"] = description.encode()
     header["cal_min"] = header["cal_max"] = 0
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(data.dtype)
     kind = nib.Nifti2Image if isinstance(source, nib.Nifti2Image | nib.Nifti2Pair) else nib.Nifti1Image
-    nib.save(kind(labels, source.affine, header), path)
+    nib.save(kind(data, source.affine, header), path)
 
 
 def _predict_case(predictor: Predictor, network: str, case: Case, dataset: DatasetSpec) -> tuple[NDArray[np.uint8], str]:
     """The label map on the file's grid, and the subset it was made from."""
     stored = preprocess(replace(case, label=None), dataset, predictor.sequences)
     volume = predictor.volume(stored.image, stored.brain, stored.meta)
-    subset = _given(case.subject, predictor, volume.present)
+    subset = largest_given(case.subject, predictor.sequences, predictor.method.subsets, volume.present)
     return predictor.file_labels(network, volume, subset), subset_name(predictor.sequences, subset)
-
-
-def _given(subject: str, predictor: Predictor, present: Subset) -> Subset:
-    """What the network is shown of a case: all it has, or the largest subset that the method takes. Raises UserError if there is none."""
-    if predictor.method.subsets is None:
-        return present
-    fitting = [subset for subset in possible_subsets(predictor.sequences, predictor.method.subsets) if part_of(subset, present)]
-    if not fitting:
-        names = ", ".join(predictor.method.subsets)
-        raise UserError(f"{subject}: has {subset_name(predictor.sequences, present)}, and this run's network needs {names}; add what is missing, or use another run")
-    return fitting[-1]

@@ -28,6 +28,18 @@ def possible_subsets(sequences: Sequence[str], names: Sequence[str] | None) -> l
     return [subset for subset in all_subsets(sequences) if names is None or subset_name(sequences, subset) in names]
 
 
+def largest_given(subject: str, sequences: Sequence[str], allowed: Sequence[str] | None, present: Subset) -> Subset:
+    """All that a case has, or the largest subset that a method takes, by name; of equal ones the first. Raises UserError if there is none."""
+    if allowed is None:
+        return present
+    fitting = [subset for name in allowed if part_of(subset := parse_subset(name, sequences), present)]
+    if not fitting:
+        raise UserError(
+            f"{subject}: has {subset_name(sequences, present)}, and this run's network needs {', '.join(allowed)}; add what is missing, or use another run"
+        )
+    return max(fitting, key=sum)
+
+
 def subset_name(sequences: Sequence[str], subset: Subset) -> str:
     """Names of the given sequences joined by "+", e.g. "flair+t1ce"."""
     return "+".join(name for name, given in zip(sequences, subset, strict=True) if given)

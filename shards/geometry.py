@@ -139,6 +139,11 @@ def restore(labels: np.ndarray, meta: SubjectMeta) -> np.ndarray:
     return _on_file_grid(labels[np.ix_(*nearest)], window, meta)
 
 
+def restore_image(image: np.ndarray, meta: SubjectMeta) -> np.ndarray:
+    """As `restore`, for intensities: on a resampled grid they are interpolated linearly."""
+    return restore(image, meta) if meta.grid_shape is None else restore_scores(image[None], meta, lambda finer: finer[0])
+
+
 def on_file_axes(labels: np.ndarray, meta: SubjectMeta) -> np.ndarray:
     """A map over the file's whole RAS+ grid, not resampled, in the orientation of the file."""
     return _on_file_grid(labels, tuple(slice(length) for length in labels.shape), meta)

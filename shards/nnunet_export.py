@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from mstkd.errors import UserError
-from mstkd.shards.geometry import restore, restore_scores
+from mstkd.shards.geometry import restore, restore_image
 from mstkd.shards.layout import read_set
 from mstkd.shards.members import read_member
 from mstkd.shards.progress import subject_progress
@@ -61,7 +61,7 @@ def _check(folder: Path, index: ShardIndex, out: Path) -> None:
         raise UserError(f"{folder}: holds {'views' if index.classification is not None else 'no labels'}; nnU-Net needs labelled volumes")
     for key, entry in index.subjects().items():
         if lacking := [name for name in index.sequences if name not in entry.sequences]:
-            raise UserError(f"{folder}: subject {key} lacks {lacking[0]}, and nnU-Net needs every channel; complete the set first: mstkd predict RUN --input {folder}")
+            raise UserError(f"{folder}: subject {key} lacks {lacking[0]}, and nnU-Net needs every channel; complete the set first, see mstkd predict")
         if LABEL not in entry.members:
             raise UserError(f"{folder}: subject {key} has no label; leave it out of the set")
 
@@ -91,7 +91,7 @@ def _write_case(tar: Path, entry: SubjectEntry, index: ShardIndex, numbers: dict
     for channel, name in enumerate(index.sequences):
         stats = meta.stats[name]
         raw = np.where(brain > 0, image[channel].astype(np.float32) * np.float32(stats.std) + np.float32(stats.mean), np.float32(0))
-        nib.save(nib.Nifti1Image(_on_file_grid(raw, meta), affine), out / f"images{part}" / f"{entry.subject}_{channel:04d}{ENDING}")
+        nib.save(nib.Nifti1Image(restore_image(raw, meta), affine), out / f"images{part}" / f"{entry.subject}_{channel:04d}{ENDING}")
     if FILE_LABEL in entry.members:
         label = read_member(tar, entry, FILE_LABEL)
     else:
@@ -99,12 +99,6 @@ def _write_case(tar: Path, entry: SubjectEntry, index: ShardIndex, numbers: dict
     table = np.zeros(256, np.uint8)
     table[list(numbers)] = list(numbers.values())
     nib.save(nib.Nifti1Image(table[label], affine), out / f"labels{part}" / f"{entry.subject}{ENDING}")
-
-
-def _on_file_grid(volume: np.ndarray, meta: SubjectMeta) -> np.ndarray:
-    if meta.grid_shape is None:
-        return restore(volume, meta)
-    return restore_scores(volume[None], meta, lambda finer: finer[0])
 
 
 def _write(path: Path, content: dict | list) -> None:

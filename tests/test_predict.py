@@ -17,7 +17,7 @@ from mstkd.errors import UserError
 from mstkd.evaluate.run import evaluate_predictions, evaluate_run
 from mstkd.evaluate.summary import COUNTS
 from mstkd.export import export
-from mstkd.predict import predict_folder, save_label_map
+from mstkd.predict import predict_folder, save_like
 from mstkd.shards.build import build
 from mstkd.shards.dataset import SPEC_FOLDER, Volume
 from mstkd.shards.phantom import write_phantom
@@ -188,7 +188,7 @@ def test_a_label_map_is_nifti_whatever_it_lies_on(tmp_path, kind):
     labels = np.arange(60, dtype=np.uint8).reshape(3, 4, 5) % 5
     suffix = {nib.Nifti2Image: ".nii", nib.MGHImage: ".mgz"}.get(kind, ".img")
     nib.save(kind(np.zeros((3, 4, 5), np.float32), np.diag([-1.0, 2, 3, 1])), tmp_path / f"scan{suffix}")
-    save_label_map(labels, Volume(tmp_path / f"scan{suffix}"), tmp_path / "labels.nii.gz")
+    save_like(labels, Volume(tmp_path / f"scan{suffix}"), tmp_path / "labels.nii.gz")
     written = nib.load(tmp_path / "labels.nii.gz")
     assert written.get_data_dtype() == np.uint8 and isinstance(written, nib.Nifti2Image if kind is nib.Nifti2Image else nib.Nifti1Image)
     np.testing.assert_array_equal(np.asanyarray(written.dataobj), labels)
