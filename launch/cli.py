@@ -148,6 +148,7 @@ def predict(
     postprocess: Postprocess = None,
     given: Annotated[str | None, typer.Option(help="Synthesis: show the network these sequences, e.g. flair, or one drawn per case: drawn.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of --given drawn.")] = 0,
+    splits: Annotated[Path | None, typer.Option(help="Synthesis, shard sets: who is trained, validated and tested on in the completed set.")] = None,
 ) -> None:
     """Predict label maps for NIfTI cases, on their original grid; with a synthesis run the sequences that cases lack.
 
@@ -163,10 +164,10 @@ def predict(
             raise UserError("--postprocess: is for label maps; a synthesis run makes images")
         from mstkd.complete import complete
 
-        typer.echo(f"wrote {complete(run, input, output, spec, given, seed)} to {output}")
+        typer.echo(f"wrote {complete(run, input, output, spec, given, seed, splits)} to {output}")
         return
-    if given:
-        raise UserError("--given: is for synthesis runs; a segmentation uses every sequence that a case has")
+    if given or splits:
+        raise UserError(f"--{'given' if given else 'splits'}: is for synthesis runs; a segmentation uses every sequence that a case has")
     from mstkd.predict import predict_folder
 
     written = predict_folder(run, input, output, spec, postprocess)

@@ -195,6 +195,31 @@ def nnunet(folder: Folder, out: Annotated[Path, typer.Option(help="Folder to cre
     typer.echo(f"wrote {counts['Tr']} cases for training and {counts['Ts']} for testing to {out}")
 
 
+@shards.command()
+def splits(
+    folder: Folder,
+    out: Annotated[Path, typer.Option(help="File to write, for build or predict --splits, or in place of the set's splits.json.")],
+    train: Annotated[int, typer.Option(min=1, help="Subjects to train on.")],
+    val: Annotated[int, typer.Option(min=1, help="Subjects to validate on.")],
+    test: Annotated[int, typer.Option(min=0, help="Subjects to test on.")],
+    within: Annotated[str | None, typer.Option(help="Only subjects that the set's own splits have there, e.g. val,test.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Draw splits of given sizes, by patient.
+
+    Example: mstkd shards splits shards/brats2020 --train 180 --val 30 --test 159 --out translation.json
+
+    Example: mstkd shards splits shards/brats2020 --within val,test --train 100 --val 20 --test 69 --out downstream.json
+    """
+    from mstkd.shards.parts import write_json
+    from mstkd.shards.splits import counted_splits
+
+    if out.exists() and out.resolve() != (folder / "splits.json").resolve():
+        raise UserError(f"{out}: exists already; choose another --out or remove it")
+    write_json(out, counted_splits(folder, train, val, test, tuple(within.split(",")) if within else (), seed))
+    typer.echo(f"wrote {out}: {train} train, {val} val, {test} test")
+
+
 def part_of(text: str | None) -> tuple[int, int] | None:
     """(2, 6) from "2/6". Raises UserError."""
     if text is None:

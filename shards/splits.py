@@ -6,6 +6,7 @@ from pathlib import Path
 from mstkd.errors import UserError
 from mstkd.shards.dataset import DatasetSpec
 from mstkd.shards.imported_splits import MAX_NAMED, import_splits
+from mstkd.shards.layout import read_set
 from mstkd.shards.progress import say
 from mstkd.shards.spec import Fold, Splits
 
@@ -24,6 +25,33 @@ def default_splits(patients: dict[str, str], volumes_ml: dict[str, float], seed:
     check_patient_count(patients)
     subjects = _by_patient(patients)
     return _deal(_deal_order({p: max(volumes_ml[s] for s in members) for p, members in subjects.items()}, seed), subjects)
+
+
+def counted_splits(folder: Path, train: int, val: int, test: int, within: tuple[str, ...] = (), seed: int = 0) -> Splits:
+    """One fold with so many subjects of the shard set `folder`, by patient, drawn by a hash of (seed, patient).
+
+    `within`: only subjects that the set's own splits have there, of "train", "val" (of fold 0) and "test"; none: any. Raises
+    UserError: an unknown part, too few subjects, or counts that cannot be met without parting a patient's scans.
+    """
+    index, own = read_set(folder)
+    parts = {"train": own.folds[0].train, "val": own.folds[0].val, "test": own.test}
+    if unknown := [part for part in within if part not in parts]:
+        raise UserError(f"--within {unknown[0]}: choose of {', '.join(parts)}")
+    allowed = {key for part in within for key in parts[part]} if within else {*index.subjects()}
+    subjects = _by_patient({key: entry.patient for key, entry in index.subjects().items() if key in allowed})
+    left, chosen = sorted(subjects, key=lambda patient: _hashed(patient, seed)), {}
+    for name, count in (("test", test), ("val", val), ("train", train)):
+        taken: list[str] = []
+        for patient in [*left]:
+            if len(taken) + len(subjects[patient]) <= count:
+                taken += subjects[patient]
+                left.remove(patient)
+        if len(taken) < count:
+            raise UserError(f"--{name} {count}: {len(allowed)} subjects to choose from, and only {len(taken)} are left for it; ask for fewer")
+        chosen[name] = tuple(sorted(taken))
+    if not chosen["train"] or not chosen["val"]:
+        raise UserError("--train, --val: give at least one subject for each")
+    return Splits(folds=(Fold(train=chosen["train"], val=chosen["val"]),), test=chosen["test"])
 
 
 def splits_by_class(patients: dict[str, str], classes: dict[str, str], seed: int) -> Splits:

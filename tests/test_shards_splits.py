@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_shards import write_set
 
 from mstkd.errors import UserError
 from mstkd.shards.dataset import load_spec
-from mstkd.shards.spec import Fold, Splits
-from mstkd.shards.splits import check_splits, default_splits, read_explicit_splits
+from mstkd.shards.spec import Fold, Splits, read_index, read_splits
+from mstkd.shards.splits import check_splits, counted_splits, default_splits, read_explicit_splits
 
 
 @st.composite
@@ -247,3 +248,40 @@ def test_imported_splits_errors(values, message):
 def test_imported_overlap_needs_a_statement():
     splits = imported([{"train": ["BraTS2021_00001"], "val": ["BraTS2021_00003"]}], SUBJECTS, allow_overlap=True)
     assert splits.allow_overlap and splits.folds[0].val == ("BraTS2021_00003",)
+
+
+def test_counted_splits_have_the_sizes_asked_for_and_keep_patients_together(phantom_shards, tmp_path):
+    index = read_index(phantom_shards)
+    patients = {key: entry.patient for key, entry in index.subjects().items()}
+    whole = len(patients)
+    splits = counted_splits(phantom_shards, whole - 3, 1, 2, seed=4)
+    check_splits(splits, patients, "counted")
+    assert (len(splits.folds), len(splits.folds[0].train), len(splits.folds[0].val), len(splits.test)) == (1, whole - 3, 1, 2)
+    assert splits == counted_splits(phantom_shards, whole - 3, 1, 2, seed=4) != counted_splits(phantom_shards, whole - 3, 1, 2, seed=5)
+
+
+def test_counted_splits_within_parts_of_the_sets_own(phantom_shards):
+    own = read_splits(phantom_shards)
+    held_out = {*own.folds[0].val, *own.test}
+    splits = counted_splits(phantom_shards, len(held_out) - 2, 1, 1, within=("val", "test"))
+    assert {*splits.folds[0].train, *splits.folds[0].val, *splits.test} == held_out and not held_out & {*own.folds[0].train}
+
+
+def test_counted_splits_errors(phantom_shards):
+    with pytest.raises(UserError, match="--train 500: .* subjects to choose from, and only"):
+        counted_splits(phantom_shards, 500, 1, 1)
+    with pytest.raises(UserError, match="--within valid: choose of train, val, test"):
+        counted_splits(phantom_shards, 1, 1, 1, within=("valid",))
+
+
+def test_counted_splits_part_no_patient(tmp_path):
+    folder = tmp_path / "set"
+    write_set(folder, [[f"p{number // 2}-{number % 2}" for number in range(8)]], val=("p0-0",))
+    index = json.loads((folder / "index.json").read_text())
+    for entry in index["shards"][0]["subjects"]:
+        entry["patient"] = entry["subject"].partition("-")[0]
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="--test 1: 8 subjects to choose from, and only 0"):
+        counted_splits(folder, 4, 2, 1)
+    splits = counted_splits(folder, 4, 2, 2)
+    assert [len({key.partition("-")[0] for key in part}) for part in (splits.folds[0].train, splits.folds[0].val, splits.test)] == [2, 1, 1]
