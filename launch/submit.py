@@ -119,8 +119,7 @@ def _checked(config: RunConfig, cluster: Cluster) -> RunConfig:
     from mstkd import methods  # torch
 
     config.train.accumulation(cluster.world)
-    if config.data.crop is None and _method(config).task != "classification":
-        raise UserError(f"data.crop: missing, and {config.method['name']} takes volumes; give the training crop in voxels, e.g. [128, 128, 128]")
+    methods.check_input(config.method, config.data)
     return config.model_copy(update={"method": methods.resolve(config.method, config.origin)})
 
 

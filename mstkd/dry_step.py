@@ -23,12 +23,12 @@ def fake_tensors() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def empty_batch(samples: int, sequences: int, crop: tuple[int, int, int], labelled: bool) -> Batch:
-    """A micro-batch of the right shapes."""
+def empty_batch(samples: int, sequences: int, shape: tuple[int, ...], labelled: bool) -> Batch:
+    """A micro-batch of the right shapes; `shape` is that of one volume, (X, Y, Z), or slice, (X, Y)."""
     here = torch.ones(samples, sequences, dtype=torch.bool)
     return Batch(
-        image=torch.zeros(samples, sequences, *crop), brain=torch.ones(samples, *crop, dtype=torch.bool), present=here, available=here.clone(),
-        subject=["dry"] * samples, label=torch.zeros(samples, *crop, dtype=torch.uint8) if labelled else None,
+        image=torch.zeros(samples, sequences, *shape), brain=torch.ones(samples, *shape, dtype=torch.bool), present=here, available=here.clone(),
+        subject=["dry"] * samples, label=torch.zeros(samples, *shape, dtype=torch.uint8) if labelled else None,
     )  # fmt: skip
 
 

@@ -109,7 +109,8 @@ def plan(config: RunConfig, world: int) -> Plan:
     accumulation = config.train.accumulation(world)
     methods.read_config(config.method, config.origin)
     if methods.load(config.method["name"]).task == "classification":
-        raise UserError(f"method.name: {config.method['name']} is for classification, and plans are made for volumes; train it without one")
+        raise UserError(f"method.name: {config.method['name']} is for classification, and plans are made for volumes and slices; train it without one")
+    methods.check_input(config.method, config.data)
     training = open_training(config.data, config.seed, complete_only=methods.load(config.method["name"]).complete_only)
     fake = fake_tensors()
     method, config, device = _build(config, training, fake)
@@ -145,8 +146,9 @@ class _Planner:
     def __init__(self, config: RunConfig, method: Method, training: TrainingSet, world: int, accumulation: int):
         self.config, self.method, self.training, self.world, self.accumulation = config, method, training, world, accumulation
         self.note: str | None = None
-        crop = tuple(config.data.crop)
-        self.batch = empty_batch(config.train.micro_batch, len(training.sequences), crop, training.labelled)
+        slices = config.data.slices
+        shape = tuple(config.data.crop) if slices is None else (slices.size, slices.size)
+        self.batch = empty_batch(config.train.micro_batch, len(training.sequences), shape, training.labelled)
 
     def stage(self, name: str, given: dict[str, Role]) -> StagePlan:
         config, networks = self.config, self.method.networks

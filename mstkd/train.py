@@ -22,7 +22,8 @@ from mstkd.console import log_to_console
 from mstkd.data.availability import Availability
 from mstkd.data.intensity import Intensity
 from mstkd.data.loader import TrainLoader
-from mstkd.data.training import TrainingSet, open_training
+from mstkd.data.slices import SliceIndex
+from mstkd.data.training import TrainingSet, open_training, training_slices
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine, role_settings
 from mstkd.engine.checkpoint import Checkpoints, TrainState, is_finished
@@ -61,10 +62,12 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
     backend.check_precision(config.train.precision, ranks.device)
     config.train.accumulation(ranks.world)
     methods.read_config(config.method, config.origin)
+    methods.check_input(config.method, config.data)
     backend.start(ranks, config.watchdog)
     startup.reached("process_group")
+    slices = on_main(lambda: training_slices(config.data, methods.load(config.method["name"]).complete_only), ranks)
     with agreed(ranks):
-        run = prepare(config, ranks)
+        run = prepare(config, ranks, slices)
     startup.reached("data_and_networks")
     on_main(lambda: refuse_overlap(run.training.stores, config.data), ranks)
     on_main(lambda: run_folder.open_run(run.config), ranks)
@@ -99,9 +102,9 @@ class Run:
     ranks: Ranks
 
 
-def prepare(config: RunConfig, ranks: Ranks) -> Run:
+def prepare(config: RunConfig, ranks: Ranks, slices: SliceIndex | None) -> Run:
     """Open the data and build the networks. Raises UserError for whatever in the configuration cannot work."""
-    training = open_training(config.data, config.seed, complete_only=methods.load(config.method["name"]).complete_only)
+    training = open_training(config.data, config.seed, methods.load(config.method["name"]).complete_only, slices)
     method, config = build_method(config, training)
     given = given_networks(config, method, training.sequences)
     stages = stage_roles(config, method, given)

@@ -10,6 +10,7 @@ import torch
 
 from mstkd.bench.cost_program import Job
 from mstkd.bench.report import Figure, Report, figure, machine, ratio, versions
+from mstkd.config import load_config
 from mstkd.errors import UserError
 
 MEASURES = {"train": ("training iteration", "s"), "test": ("test iteration", "s"), "peak": ("peak memory", "GiB"), "parameters": ("parameters", "million")}
@@ -18,8 +19,12 @@ MEASURES = {"train": ("training iteration", "s"), "test": ("test iteration", "s"
 def bench_cost(recipes: Sequence[str], overrides: Sequence[str], subset: str, iterations: int, say: Callable[[str], None]) -> Report:
     """Each recipe in a process of its own, one after the other; ratios are to the first. `overrides` hold for all of them.
 
-    Batch 1 of random values, one rank, ZeRO 0, the recipe's crop and precision, the last stage's roles. Raises UserError where one ends.
+    Batch 1 of random values, one rank, ZeRO 0, the recipe's crop and precision, the last stage's roles. Raises UserError where one ends
+    early, or takes no volumes.
     """
+    for recipe in recipes:
+        if load_config(recipe, list(overrides)).data.crop is None:
+            raise UserError(f"bench cost: {recipe} gives no data.crop, and costs are measured for volumes; choose another recipe")
     facts, found = machine(), {}
     for recipe in recipes:
         say(f"{recipe}: {iterations} training and {iterations} test iterations")

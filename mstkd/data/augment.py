@@ -9,14 +9,17 @@ from mstkd.config import AugmentConfig
 from mstkd.data.sample import Sample
 
 
-def augment_geometry(sample: Sample, config: AugmentConfig, draws: np.random.Generator) -> Sample:
+def augment_geometry(sample: Sample, config: AugmentConfig, draws: np.random.Generator, axial: bool = False) -> Sample:
     """Flips, rotation and zoom about the crop's centre, alike for image (trilinear), brain and label (nearest).
 
-    `sample` is a z-scored float32 crop, so that the 0 drawn in from outside is the brain's mean.
+    `sample` is a z-scored float32 crop, so that the 0 drawn in from outside is the brain's mean. `axial`: it is one
+    slice, (M, X, Y, 1), which stays in its plane: it is turned about Z alone.
     """
     flips = draws.random(3) < config.flip_prob
     angles_deg = draws.uniform(-config.rotate_deg, config.rotate_deg, 3)
     zoom = 1 + draws.uniform(-config.zoom, config.zoom)
+    if axial:
+        flips, angles_deg = flips & (True, True, False), angles_deg * (0, 0, 1)
     axes = tuple(int(axis) - 3 for axis in np.flatnonzero(flips))
     if axes:
         sample = _each(sample, lambda volume, mode: np.ascontiguousarray(np.flip(volume, axes)))
@@ -31,17 +34,17 @@ def augment_intensity(
 ) -> np.ndarray:
     """Scale, shift and noise on the brain voxels of the present sequences of a normalised image (M, X, Y, Z) float32.
 
-    `brain` (X, Y, Z), non-zero inside; `present` (M,) bool. Scale and shift are drawn per sequence.
+    `brain` (X, Y, Z), non-zero inside; `present` (M,) bool. Scale and shift are drawn per sequence. Slices: without Z.
     """
     if not (config.intensity_scale or config.intensity_shift or config.noise_std):
         return image
-    per_sequence = (len(image), 1, 1, 1)
+    per_sequence = (len(image), *[1] * brain.ndim)
     scale = 1 + draws.uniform(-config.intensity_scale, config.intensity_scale, per_sequence)
     shift = draws.uniform(-config.intensity_shift, config.intensity_shift, per_sequence)
     changed = image * scale.astype(np.float32) + shift.astype(np.float32)
     if config.noise_std:
         changed += np.float32(config.noise_std) * draws.standard_normal(image.shape, dtype=np.float32)
-    inside = np.asarray(brain, dtype=bool) & present[:, None, None, None]
+    inside = np.asarray(brain, dtype=bool) & present.reshape(per_sequence)
     return np.where(inside, changed, image)
 
 

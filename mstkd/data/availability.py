@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from mstkd.config import AvailabilityConfig
-from mstkd.data.sample import Item, item_rng
+from mstkd.data.sample import Item, item_rng, rng
 from mstkd.errors import UserError
 from mstkd.subsets import Subset, parse_subset
 
 
 class Availability:
-    """The draws of a recipe's `data.availability`: functions of (seed, item) alone."""
+    """The draws of a recipe's `data.availability`: functions of (seed, item) alone, `single` of (seed, subject)."""
 
     def __init__(self, config: AvailabilityConfig, sequences: Sequence[str]):
         """Raises UserError if a listed subset names a sequence that the data does not have."""
@@ -21,19 +21,25 @@ class Availability:
         except UserError as error:
             raise UserError(f"data.availability.subsets: {error}") from None
 
-    def draw(self, seed: int, item: Item, present: Subset) -> Subset:
-        """A non-empty subset of the `present` sequences. Raises UserError if none of the listed ones has a part in them."""
-        rng = item_rng(seed, item, "availability")
+    def draw(self, seed: int, item: Item, present: Subset, shown: Item | None = None) -> Subset:
+        """A non-empty subset of the `present` sequences. Raises UserError if none of the listed ones has a part in them.
+
+        `shown`: the item whose subject is seen in the place of `item`'s, if that cannot be read.
+        """
+        draws = item_rng(seed, item, "availability")
         match self.config.kind:
             case "natural":
                 return present
             case "fixed":
-                return _one_of(_within(self._listed, present, item), rng)
+                return _one_of(_within(self._listed, present, item), draws)
+            case "single":  # whoever stands in for another subject must not show a second sequence of its own
+                shown = shown or item
+                return _of_size(1, present, rng(seed, shown.source, shown.subject, "single"))
             case "size_first":
-                return _of_size(int(rng.integers(1, sum(present) + 1)), present, rng)
-            case "rising" if rng.random() >= item.epoch / self.config.ramp_epochs:
+                return _of_size(int(draws.integers(1, sum(present) + 1)), present, draws)
+            case "rising" if draws.random() >= item.epoch / self.config.ramp_epochs:
                 return present
-        return _uniform(present, rng)
+        return _uniform(present, draws)
 
     def possible(self, patterns: Iterable[Subset]) -> set[Subset]:
         """What can be drawn for subjects with these present sequences."""
@@ -41,20 +47,21 @@ class Availability:
             return set(patterns)
         if self.config.kind == "fixed":
             return {part for pattern in patterns for listed in self._listed if any(part := _both(listed, pattern))}
-        return {part for pattern in patterns for part in _parts(pattern)}
+        parts = {part for pattern in patterns for part in _parts(pattern)}
+        return {part for part in parts if sum(part) == 1} if self.config.kind == "single" else parts
 
 
-def _uniform(present: Subset, rng: np.random.Generator) -> Subset:
-    return _part(present, int(rng.integers(1, 2 ** sum(present))))
+def _uniform(present: Subset, draws: np.random.Generator) -> Subset:
+    return _part(present, int(draws.integers(1, 2 ** sum(present))))
 
 
-def _of_size(size: int, present: Subset, rng: np.random.Generator) -> Subset:
-    chosen = rng.choice(np.flatnonzero(present), size, replace=False)
+def _of_size(size: int, present: Subset, draws: np.random.Generator) -> Subset:
+    chosen = draws.choice(np.flatnonzero(present), size, replace=False)
     return tuple(index in chosen for index in range(len(present)))
 
 
-def _one_of(subsets: Sequence[Subset], rng: np.random.Generator) -> Subset:
-    return subsets[int(rng.integers(len(subsets)))]
+def _one_of(subsets: Sequence[Subset], draws: np.random.Generator) -> Subset:
+    return subsets[int(draws.integers(len(subsets)))]
 
 
 def _within(listed: Iterable[Subset], present: Subset, item: Item) -> list[Subset]:

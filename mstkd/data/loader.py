@@ -1,7 +1,7 @@
 """The training loader: the same sequence of batches for every rank and worker count.
 
     positions of this rank's micro-batches (strided over workers)
-      -> read: item -> byte range -> crop as stored           (a bad sample is replaced here, or stops the run)
+      -> read: item -> byte range -> crop or slice as stored  (a bad sample is replaced here, or stops the run)
       -> geometry                                             (as all draws, seeded by (seed, item))
       -> normalise, intensity, straight into few large shared tensors -> the training process
 """
@@ -24,7 +24,9 @@ from mstkd.data.augment import augment_geometry, augment_intensity
 from mstkd.data.availability import Availability
 from mstkd.data.crop import Foreground, crop
 from mstkd.data.intensity import Intensity
+from mstkd.data.planes import Plane
 from mstkd.data.sample import Item, Sample, ViewSample, item_rng
+from mstkd.data.slices import read_slice
 from mstkd.data.store import BadSample, ShardStore
 from mstkd.data.training import TrainingSet
 from mstkd.data.workers import checked, errors_as_data, leave_signals_to_the_trainer, shared_tensor, watched
@@ -65,16 +67,22 @@ class Share:
 
 @dataclass
 class Drawn:
-    """A sample on its way: `item` owns the draws; `subject` differs from the item's if it replaces a bad one."""
+    """A sample on its way: `item` owns the draws; `shown` is another one if that replaces a bad sample."""
 
     item: Item
-    subject: str
+    shown: Item
     sample: Sample | ViewSample
     bad: list[str] = field(default_factory=list)  # messages of the samples skipped on the way here
+
+    @property
+    def subject(self) -> str:
+        return self.shown.subject
 
 
 class Stages:
     """The stages between positions and batches, run in a worker process."""
+
+    axial = False  # True: samples are single slices, (M, X, Y, 1)
 
     def __init__(self, training: TrainingSet, config: DataConfig, intensity: Intensity, share: Share):
         self.training, self.config, self.intensity, self.share = training, config, intensity, share
@@ -101,7 +109,7 @@ class Stages:
         candidate, bad = item, []
         while True:
             try:
-                return Drawn(item, candidate.subject, self.stored(item, candidate), bad)
+                return Drawn(item, candidate, self.stored(item, candidate), bad)
             except BadSample as error:
                 if self.config.on_bad_sample == "stop":
                     raise UserError(f"{error}; or data.on_bad_sample=skip replaces such samples") from None
@@ -116,18 +124,24 @@ class Stages:
         if config.rotate_deg or config.zoom:  # interpolation in float32; a flip may stay in the type stored
             sample = replace(sample, image=_float32(sample.image))
         draws = self._draws(drawn.item, "geometry")
-        return replace(drawn, sample=augment_geometry(sample, config, draws))
+        return replace(drawn, sample=augment_geometry(sample, config, draws, self.axial))
 
     def normalise(self, drawn: Drawn, out: np.ndarray) -> None:
         """The method's intensities, augmented, into `out` (M, X, Y, Z) float32."""
-        sample, sequences = drawn.sample, self.training.sequences
+        self.to_intensities(drawn.sample, out)
+        self.augment_intensities(drawn, drawn.sample.brain, out)
+
+    def to_intensities(self, sample: Sample, out: np.ndarray) -> None:
+        sequences = self.training.sequences
         planes = max(1, BLOCK_VOXELS // sample.brain[0].size)
         for start in range(0, len(sample.brain), planes):  # voxel by voxel anyhow: so it stays in the processor's cache
             block = slice(start, start + planes)
             out[:, block] = self.intensity.apply(_float32(sample.image[:, block]), sample.brain[block], sample.meta, sequences)
+
+    def augment_intensities(self, drawn: Drawn, brain: np.ndarray, out: np.ndarray) -> None:
         draws = self._draws(drawn.item, "intensity")
-        present = np.array(_present(sample, sequences))
-        augmented = augment_intensity(out, sample.brain, present, self.config.augment, draws)
+        present = np.array(_present(drawn.sample, self.training.sequences))
+        augmented = augment_intensity(out, brain, present, self.config.augment, draws)
         if augmented is not out:
             out[...] = augmented
 
@@ -146,7 +160,7 @@ class Stages:
             with self._naming(drawn.item):
                 self.fill(fields, place, drawn)
             fields["present"].append(present)
-            fields["available"].append(self.availability.draw(training.seed, drawn.item, present))
+            fields["available"].append(self.availability.draw(training.seed, drawn.item, present, drawn.shown))
             fields["subject"].append(drawn.subject)
             fields["bad"] += drawn.bad
             drawn.sample = None  # the pipeline holds on to `drawn` until it has the next one
@@ -164,12 +178,16 @@ class Stages:
 
     def tensors(self, size: int) -> dict:
         """Those that `fill` fills, for `size` samples."""
-        volume, sequences = (size, *self.config.crop), len(self.training.sequences)
         return {
-            "image": shared_tensor((size, sequences, *self.config.crop), torch.float32),
-            "brain": shared_tensor(volume, torch.bool),
-            "label": shared_tensor(volume, torch.uint8) if self.training.labelled else None,
+            "image": shared_tensor((size, len(self.training.sequences), *self.shape), torch.float32),
+            "brain": shared_tensor((size, *self.shape), torch.bool),
+            "label": shared_tensor((size, *self.shape), torch.uint8) if self.training.labelled else None,
         }
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample's image in the batch, without its sequences."""
+        return self.config.crop
 
     def stored(self, item: Item, candidate: Item) -> Sample:
         """The item's crop of the candidate's volume. Raises BadSample."""
@@ -197,6 +215,37 @@ class Stages:
         except Exception as error:
             error.add_note(f"(at subject {item.subject} of {self.training.stores[item.source].folder})")
             raise
+
+
+class SliceStages(Stages):
+    """The same for axial slices: moved and normalised in the padded plane of the file, then brought to the networks' size."""
+
+    axial = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.config.slices.size,) * 2
+
+    def stored(self, item: Item, candidate: Item) -> Sample:
+        store = self.training.stores[candidate.source]
+        volume = store.subject(candidate.subject)
+        sample = read_slice(volume, candidate.slice_index, self._plane(volume))
+        _check_finite(sample.image, store, candidate.subject)
+        return sample
+
+    def fill(self, fields: dict, place: int, drawn: Drawn) -> None:
+        sample, plane = drawn.sample, self._plane(drawn.sample)
+        image = np.empty(sample.image.shape, np.float32)
+        self.to_intensities(sample, image)
+        fields["image"][place] = plane.resample(torch.from_numpy(image)[..., 0])
+        fields["brain"][place] = plane.resample_labels(torch.from_numpy(sample.brain)[..., 0])
+        if self.training.labelled:
+            fields["label"][place] = plane.resample_labels(torch.from_numpy(sample.label)[..., 0])
+        # on the pixels that networks see: resampling would average the noise away
+        self.augment_intensities(drawn, fields["brain"][place].numpy(), fields["image"][place].numpy())
+
+    def _plane(self, sample: Sample) -> Plane:
+        return Plane.of(sample.meta, self.config.slices.size)
 
 
 class ViewStages(Stages):
@@ -247,8 +296,9 @@ class TrainLoader:
         self._config, self._stores = config, training.stores
         self._hidden_value = intensity.hidden_value
         self._share = Share(global_batch, micro_batch, rank, world, start_step, total_steps)
+        stages = ViewStages if training.classification is not None else SliceStages if config.slices is not None else Stages
         self._loader = DataLoader(
-            (Stages if training.classification is None else ViewStages)(training, config, intensity, self._share).pipeline(),
+            stages(training, config, intensity, self._share).pipeline(),
             batch_size=None,  # the pipeline collates, in the worker
             num_workers=config.workers,
             worker_init_fn=leave_signals_to_the_trainer,

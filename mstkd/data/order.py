@@ -1,6 +1,6 @@
 """The order of training: a function of (seed, epoch) alone, never of ranks or workers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mstkd.data.sample import Item, rng
 from mstkd.errors import UserError
@@ -10,19 +10,30 @@ class Order:
     """The endless concatenation of per-epoch permutations of the training items.
 
     Per epoch the tars are permuted and the subjects shuffled inside windows of `window` tars, so that a cache of a
-    few tars serves the reader. A set with `repeat` r has each of its tars visited r times per epoch.
+    few tars serves the reader. A set with `repeat` r has each of its tars visited r times per epoch. With `slices` an
+    item is one of its subject's slices, and all slices of the window's subjects are shuffled together.
     """
 
-    def __init__(self, sets: Sequence[Sequence[Sequence[str]]], repeats: Sequence[int], seed: int, window: int):
-        """`sets[s][t]` lists the training subjects in tar t of shard set s. Raises UserError if there is none."""
+    def __init__(
+        self,
+        sets: Sequence[Sequence[Sequence[str]]],
+        repeats: Sequence[int],
+        seed: int,
+        window: int,
+        slices: Sequence[Mapping[str, Sequence[int]]] | None = None,
+    ):
+        """`sets[s][t]` lists the training subjects in tar t of shard set s, `slices[s][subject]` the axial slices of each.
+
+        Raises UserError if there is no item.
+        """
         self._visits = [
-            (source, repeat, tuple(tar))
+            (source, repeat, places)
             for source, tars in enumerate(sets)
             for repeat in range(repeats[source])
             for tar in tars
-            if tar
+            if (places := tuple(_places(tar, slices and slices[source])))
         ]
-        self.items_per_epoch = sum(len(tar) for _, _, tar in self._visits)
+        self.items_per_epoch = sum(len(places) for _, _, places in self._visits)
         if not self.items_per_epoch:
             raise UserError("data.shards: no training subject is left; see splits.json of the shard set and data.fold")
         self._seed, self.window = seed, window
@@ -52,9 +63,15 @@ class Order:
         items = []
         for start in range(0, len(visits), self.window):
             window = [
-                Item(epoch, source, subject, repeat)
-                for source, repeat, tar in visits[start : start + self.window]
-                for subject in tar
+                Item(epoch, source, subject, repeat, k)
+                for source, repeat, places in visits[start : start + self.window]
+                for subject, k in places
             ]
             items += [window[i] for i in draws.permutation(len(window))]
         return items
+
+
+def _places(tar: Sequence[str], slices: Mapping[str, Sequence[int]] | None) -> Iterator[tuple[str, int | None]]:
+    for subject in tar:
+        for k in (None,) if slices is None else slices[subject]:
+            yield subject, k

@@ -31,28 +31,41 @@ class Plane:
 
     def bring(self, slices: Tensor, fill: float) -> Tensor:
         """Images (..., X, Y) float32 as (..., S, S): bilinear, with antialiasing where pixels become coarser; around them `fill`."""
-        if self.size == self.side:
-            return self._padded(slices, fill)
-        flat = self._padded(slices, fill).reshape(1, -1, self.side, self.side)
-        brought = functional.interpolate(flat, (self.size, self.size), mode="bilinear", align_corners=False, antialias=True)
-        return brought.reshape(*slices.shape[:-2], self.size, self.size)
+        return self.resample(self.pad(slices, fill))
 
     def bring_labels(self, slices: Tensor) -> Tensor:
         """Masks or label maps (..., X, Y) of any type as (..., S, S): each pixel from the nearest voxel, 0 around them."""
-        nearest = ((torch.arange(self.size, device=slices.device) + 0.5) * (self.side / self.size)).long()
-        return self._padded(slices, 0)[..., nearest[:, None], nearest]
+        return self.resample_labels(self.pad(slices, 0))
+
+    def pad(self, slices: Tensor, fill: float) -> Tensor:
+        """The first half of bringing: (..., X, Y) of any type in the padded plane, (..., side, side)."""
+        padded = slices.new_full((*slices.shape[:-2], self.side, self.side), fill)
+        padded[..., *self._inside] = slices
+        return padded
+
+    def resample(self, squares: Tensor) -> Tensor:
+        """The second half, of images: (..., side, side) float32 as (..., S, S)."""
+        return _bilinear(squares, self.size)
+
+    def resample_labels(self, squares: Tensor) -> Tensor:
+        """The second half, of masks and label maps: (..., side, side) as (..., S, S)."""
+        nearest = ((torch.arange(self.size, device=squares.device) + 0.5) * (self.side / self.size)).long()
+        return squares[..., nearest[:, None], nearest]
 
     def back(self, squares: Tensor) -> Tensor:
         """Images (..., S, S) float32 on the stored plane, (..., X, Y); bilinear."""
-        if self.size != self.side:
-            flat = squares.reshape(1, -1, self.size, self.size)
-            flat = functional.interpolate(flat, (self.side, self.side), mode="bilinear", align_corners=False, antialias=True)
-            squares = flat.reshape(*squares.shape[:-2], self.side, self.side)
-        rows, columns = (slice(start, start + length) for start, length in zip(self.start, self.shape, strict=True))
-        return squares[..., rows, columns]
+        return _bilinear(squares, self.side)[..., *self._inside]
 
-    def _padded(self, slices: Tensor, fill: float) -> Tensor:
-        padded = slices.new_full((*slices.shape[:-2], self.side, self.side), fill)
+    @property
+    def _inside(self) -> tuple[slice, slice]:
+        """The stored plane in the padded one."""
         rows, columns = (slice(start, start + length) for start, length in zip(self.start, self.shape, strict=True))
-        padded[..., rows, columns] = slices
-        return padded
+        return rows, columns
+
+
+def _bilinear(squares: Tensor, size: int) -> Tensor:
+    if squares.shape[-1] == size:
+        return squares
+    flat = squares.reshape(1, -1, *squares.shape[-2:])
+    resampled = functional.interpolate(flat, (size, size), mode="bilinear", align_corners=False, antialias=True)
+    return resampled.reshape(*squares.shape[:-2], size, size)

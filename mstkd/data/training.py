@@ -8,6 +8,7 @@ from mstkd.config import DataConfig
 from mstkd.data.ahead import staged_ahead
 from mstkd.data.order import Order
 from mstkd.data.sample import Item
+from mstkd.data.slices import SliceIndex, check_slices, find_slices
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
 from mstkd.shards.spec import LABEL, Classification, SubjectEntry
@@ -25,7 +26,7 @@ class TrainingSet:
     stores: list[ShardStore]
     order: Order
     seed: int
-    dropped: list[str]  # training subjects left out: a sequence or the label is missing
+    dropped: list[str]  # training subjects left out: a sequence or the label is missing, or no slice qualifies
 
     @property
     def sequences(self) -> tuple[str, ...]:
@@ -59,13 +60,36 @@ def open_stores(config: DataConfig) -> list[ShardStore]:
     return stores
 
 
-def open_training(config: DataConfig, seed: int, complete_only: bool) -> TrainingSet:
+def open_training(config: DataConfig, seed: int, complete_only: bool, slices: SliceIndex | None = None) -> TrainingSet:
     """The training set of a recipe's `data:` section.
 
-    Subjects without a label in a labelled set, and with `complete_only` those that lack a sequence, are dropped,
-    counted and logged. Raises UserError on a wrong folder, fold or mixture, if no subject is left, or if the section
-    is for volumes and the sets hold views, or the reverse.
+    Subjects without a label in a labelled set, with `complete_only` those that lack a sequence, and with `data.slices`
+    those of whom no slice qualifies, are dropped, counted and logged. Raises UserError on a wrong folder, fold or
+    mixture, if no subject is left, or if the section is for volumes and the sets hold views, or the reverse.
+
+    `slices`: what `training_slices` found, perhaps in another process; by default they are found here, see `find_slices`.
     """
+    stores, sets, dropped = _open(config, complete_only)
+    if dropped:
+        log.warning("%d training subjects dropped, a sequence or the label is missing: %s", len(dropped), ", ".join(dropped))
+    if config.slices is not None:
+        slices = find_slices(stores, sets, config) if slices is None else slices
+        dropped += _without_slices(sets, slices)
+        sets = [[[key for key in tar if found.get(key)] for tar in tars] for tars, found in zip(sets, slices, strict=True)]
+    order = Order(sets, [shards.repeat for shards in config.shards], seed, config.shuffle_window, slices)
+    return TrainingSet(stores, order, seed, dropped)
+
+
+def training_slices(config: DataConfig, complete_only: bool) -> SliceIndex | None:
+    """The axial slices that `open_training` trains on, to be found once and handed to every rank; None: none are asked for."""
+    if config.slices is None:
+        return None
+    stores, sets, _ = _open(config, complete_only)
+    return find_slices(stores, sets, config)
+
+
+def _open(config: DataConfig, complete_only: bool) -> tuple[list[ShardStore], list[list[list[str]]], list[str]]:
+    """The stores, the usable training subjects per set and tar, and those dropped."""
     stores = open_stores(config)
     _check_kind(config, stores[0])
     sets, dropped = [], []
@@ -74,10 +98,15 @@ def open_training(config: DataConfig, seed: int, complete_only: bool) -> Trainin
         usable = {key for key in chosen if _usable(store.subjects[key], store, complete_only)}
         dropped += sorted(chosen - usable)
         sets.append([[entry.subject for entry in tar.subjects if entry.subject in usable] for tar in store.index.shards])
-    if dropped:
-        log.warning("%d training subjects dropped, a sequence or the label is missing: %s", len(dropped), ", ".join(dropped))
-    order = Order(sets, [shards.repeat for shards in config.shards], seed, config.shuffle_window)
-    return TrainingSet(stores, order, seed, dropped)
+    return stores, sets, dropped
+
+
+def _without_slices(sets: list[list[list[str]]], slices: SliceIndex) -> list[str]:
+    """Subjects with no slice to train on; of those that could not be read it was said when they were."""
+    chosen = [(key, found.get(key)) for tars, found in zip(sets, slices, strict=True) for tar in tars for key in tar]
+    if empty := sorted(key for key, slices_of in chosen if slices_of == ()):
+        log.warning("%d training subjects dropped, no axial slice of theirs meets data.slices: %s", len(empty), ", ".join(empty))
+    return sorted(key for key, slices_of in chosen if not slices_of)
 
 
 def _check_kind(config: DataConfig, store: ShardStore) -> None:
@@ -86,6 +115,8 @@ def _check_kind(config: DataConfig, store: ShardStore) -> None:
             raise UserError(f"data.crop: missing, and {store.folder} holds volumes; give the training crop in voxels, e.g. [128, 128, 128]")
         if config.crop is not None and config.slices is not None:
             raise UserError("data.slices: given together with data.crop; remove one of them")
+        if config.slices is not None:
+            check_slices(config, store)
         return
     for key in VOLUME_KEYS:
         if getattr(config, key) != DataConfig.model_fields[key].default:

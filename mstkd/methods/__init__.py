@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput, ViewBatch
-from mstkd.config import AvailabilityConfig, IntensityConfig, OptimizerConfig, ScheduleConfig
+from mstkd.config import AvailabilityConfig, DataConfig, IntensityConfig, OptimizerConfig, ScheduleConfig
 from mstkd.errors import UserError
 from mstkd.recipe import validate_section
 from mstkd.shards.spec import Classification, LabelScheme
@@ -175,6 +175,16 @@ def read_config(section: dict, origin: dict[str, str] | None = None) -> BaseMode
 def resolve(section: dict, origin: dict[str, str] | None = None) -> dict:
     """A recipe's `method:` section with every default written out."""
     return {"name": section["name"], **read_config(section, origin).model_dump(mode="json")}
+
+
+def check_input(section: dict, data: DataConfig) -> None:
+    """Raise UserError where a recipe's `data:` section lacks the training crop, or the slices, that the method works on."""
+    method = load(section["name"])
+    key, takes, wanted = "crop", "volumes", "the training crop in voxels, e.g. [128, 128, 128]"
+    if method.dimensions == 2:
+        key, takes, wanted = "slices", "axial slices", "their size in pixels, e.g. {size: 128}"
+    if method.task != "classification" and getattr(data, key) is None:
+        raise UserError(f"data.{key}: missing, and {section['name']} takes {takes}; give {wanted}")
 
 
 def build(section: dict, facts: DataFacts, origin: dict[str, str] | None = None) -> Method:
