@@ -199,7 +199,7 @@ def export(
 @app.command()
 def methods() -> None:
     """List the methods that a recipe can name. Parameters: with default settings for four sequences (where they depend on
-    the crop, 160 x 192 x 128), of all networks and of the one that evaluation reports first.
+    the crop, 160 x 192 x 128, or slices of 128 x 128), of all networks and of the one that evaluation reports first.
 
     Example: mstkd methods
     """

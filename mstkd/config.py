@@ -44,11 +44,12 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate as a function of the step (or of the epoch's first step)."""
 
-    name: Literal["constant", "poly", "cosine", "step"] = "constant"
-    per: Literal["step", "epoch"] = "step"  # poly and cosine
+    name: Literal["constant", "poly", "cosine", "step", "linear"] = "constant"
+    per: Literal["step", "epoch"] = "step"  # poly, cosine and linear
     power: float = Field(0.9, gt=0)  # poly only
     warmup_steps: int = Field(0, ge=0)  # linear from 0 (excluded) to lr
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)  # cosine only: final lr / lr
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)  # cosine and linear: final lr / lr
+    constant_share: float = Field(0.0, ge=0, lt=1)  # linear only: share of the training before it falls
     gamma: float = Field(0.9, gt=0, le=1)  # step only: the factor on lr, once every so many epochs
     every_epochs: int = Field(20, ge=1)
     after_steps: int = Field(0, ge=0)  # per step: the curve runs over so many steps more and begins after them (a warm restart)
@@ -157,7 +158,7 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: OffloadConfig = OffloadConfig()
     recompute: bool = False  # activation checkpointing of the method's blocks: less memory, one more forward
-    compile: bool = False  # torch.compile of every network
+    compile: bool = False  # torch.compile of every network but those that a role differentiates twice, which it cannot
     deterministic: bool = False  # the same bits in every run on the same machine; slower on GPUs
     deepspeed: dict[str, Any] = {}  # or the path of a DeepSpeed JSON file; "auto" is filled in from the keys above
     gradient_clipping: float = Field(0.0, ge=0)  # global L2 norm; 0 = off

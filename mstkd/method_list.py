@@ -9,6 +9,7 @@ from mstkd.shards.spec import LABEL_SCHEMES
 
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
 CROPS = ((160, 192, 128), (128, 128, 128), (160, 160, 80))  # voxels; position embeddings grow with them
+SLICE = 128  # pixels per axis
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Entry:
     reproduces: str
     parameters: int | None = None  # of all networks with default settings; None: they cannot be built so
     student: int | None = None  # of the network that evaluation reports first
-    crop: tuple[int, int, int] | None = None  # (X, Y, Z) voxels for which they are counted
+    crop: tuple[int, int, int] | None = None  # (X, Y, Z) voxels for which they are counted; None: slices of SLICE pixels
     problem: str = ""  # why there is no count
 
 
@@ -32,10 +33,11 @@ def entries() -> list[Entry]:
 def _entry(name: str, method: type[Method]) -> Entry:
     facts = (name, method.task, method.stages, method.paper, method.reproduces)
     problem = ""
-    for crop in CROPS:
+    for crop in CROPS if method.dimensions == 3 else (None,):
+        data = DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], crop, slice_size=None if crop else SLICE)
         try:
             with torch.device("meta"):  # shapes without memory
-                built = build({"name": name}, DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], crop))
+                built = build({"name": name}, data)
         except Exception as error:  # whatever a method raises, the others are listed
             problem = problem or f"{error or type(error).__name__}".split("\n")[0]
             continue

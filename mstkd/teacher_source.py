@@ -40,7 +40,7 @@ def given_networks(config: RunConfig, method: Method, sequences: tuple[str, ...]
 def _check_input(run: Path, method: Method, sequences: tuple[str, ...]) -> None:
     """Raise UserError if the networks of the folder `run` were trained on another input, or answer in other channels."""
     theirs, ours = read_config(read_run_config(run).method), getattr(method, "config", None)
-    pairs = {f"method.{key}": (getattr(theirs, key, None), getattr(ours, key, None)) for key in ("intensity", "targets", "rc_channel")}
+    pairs = {f"method.{key}": (getattr(theirs, key, None), getattr(ours, key, None)) for key in ("intensity", "targets", "rc_channel", "region")}
     pairs["the data's sequences"] = tuple(read_record(run)["data"]["sequences"]), tuple(sequences)
     for what, (there, here) in pairs.items():
         if there != here and None not in (there, here):
@@ -63,9 +63,13 @@ def given_files(config: RunConfig) -> list[Path]:
 
 
 def stages_left_out(method: Method, given: set[str]) -> list[str]:
-    """The stages that train nothing but networks which are given; one that goes on from a given network is none of them."""
-    results = {stage: {network for role in method.roles(stage).values() for network in role.results} for stage in method.stages}
-    return [stage for stage in method.stages if results[stage] <= given - method.needs(stage).keys()]
+    """The stages that train networks which are given and, beside them, only what the stage itself has a use for, such as critics.
+
+    A stage that goes on from a given network is none of them.
+    """
+    wanted = {*method.scored, *(network for stage in method.stages for network in method.needs(stage))}
+    results = {stage: wanted & {network for role in method.roles(stage).values() for network in role.results} for stage in method.stages}
+    return [stage for stage in method.stages if results[stage] and results[stage] <= given - method.needs(stage).keys()]
 
 
 def source_of(network: str, stage: str, config: RunConfig, given: set[str]) -> tuple[list[Path], str | None]:

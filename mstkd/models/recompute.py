@@ -28,14 +28,14 @@ def _recomputed(block: nn.Module, forward: Callable, *inputs: Any, **named: Any)
         return forward(*inputs, **named)
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), _statistics_kept(block)
+        return nullcontext(), statistics_kept(block)
 
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
 
 
 @contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Copies take the updates of running statistics and counters, which the first forward has made already."""
+def statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Copies take the updates of running statistics and counters: another forward has made them already, or shall make them."""
     kept = [(module, dict(module._buffers)) for module in block.modules() if isinstance(module, _NormBase)]
     for module, buffers in kept:
         module._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})

@@ -33,7 +33,7 @@ class RoleEngine:
         self.optimizer, self.schedule, self.zero_stage = settings.optimizer, settings.schedule, settings.zero_stage
         role.step.to(device)
         parameters = [p for p in role.step.parameters() if p.requires_grad]
-        if train.compile:
+        if train.compile and not role.double_backward:  # AOTAutograd knows no second derivative
             for network in role.step.children():
                 network.compile()  # in place: the names of its weights stay
         config = deepspeed_config(name, settings, train, accumulation, sum(p.numel() for p in parameters))

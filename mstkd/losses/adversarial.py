@@ -1,0 +1,34 @@
+"""Wasserstein critics with a gradient penalty (Gulrajani et al., NeurIPS 2017, arXiv:1704.00028). Pure functions; B samples."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-12  # below the root of a squared norm: its gradient at 0 is infinite
+
+
+def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """`mean(fake) - mean(real)` of a critic's scores (B, ...): minus its estimate of the Wasserstein distance."""
+    return fake.mean() - real.mean()
+
+
+def deception_loss(fake: Tensor) -> Tensor:
+    """`-mean(fake)` of a critic's scores (B, ...): what the generator of these samples descends."""
+    return -fake.mean()
+
+
+def gradient_penalty(scores: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, patch: Literal["sum", "mean"] = "sum") -> Tensor:
+    """Mean over the batch of `(|grad f(h)| - 1)^2` at points h drawn between real and fake samples, both (B, ...).
+
+    `scores` gives (B, ...) scores of samples, whose `patch` sum or mean is f; with n scores per sample, `sum` asks of their mean a
+    gradient of 1 / n. One uniform share per sample (torch's generator). Differentiable in the critic's weights.
+    """
+    share = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
+    between = (share * real + (1 - share) * fake).detach().requires_grad_()
+    values = scores(between).flatten(1)
+    total = (values.sum(1) if patch == "sum" else values.mean(1)).sum()
+    (gradient,) = torch.autograd.grad(total, between, create_graph=True)
+    norm = (gradient.flatten(1).square().sum(1) + EPSILON).sqrt()
+    return (norm - 1).square().mean()
