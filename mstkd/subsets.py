@@ -28,6 +28,11 @@ def possible_subsets(sequences: Sequence[str], names: Sequence[str] | None) -> l
     return [subset for subset in all_subsets(sequences) if names is None or subset_name(sequences, subset) in names]
 
 
+def proper(subsets: Sequence[Subset]) -> list[Subset]:
+    """Those of `subsets` that leave a sequence out."""
+    return [subset for subset in subsets if not all(subset)]
+
+
 def subset_name(sequences: Sequence[str], subset: Subset) -> str:
     """Names of the given sequences joined by "+", e.g. "flair+t1ce"."""
     return "+".join(name for name, given in zip(sequences, subset, strict=True) if given)
