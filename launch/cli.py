@@ -134,7 +134,7 @@ def evaluate(
             raise UserError("mstkd evaluate --pred: --ref DIR and --spec NAME are needed too")
         if postprocess:
             raise UserError("mstkd evaluate --pred: label maps are scored as they are; give --postprocess to mstkd predict")
-        from mstkd.evaluate.run import evaluate_predictions
+        from mstkd.evaluate.label_files import evaluate_predictions
 
         evaluate_predictions(pred, ref, spec, out or pred / "evaluation")
 

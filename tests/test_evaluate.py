@@ -25,7 +25,8 @@ from mstkd.evaluate.cases import Row, score_subjects, whole_brain_baseline
 from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.overlap import find_overlap
 from mstkd.evaluate.report import best_median_worst
-from mstkd.evaluate.run import evaluate_predictions, evaluate_run
+from mstkd.evaluate.label_files import evaluate_predictions
+from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.scoring import Score
 from mstkd.evaluate.summary import summarise
 from mstkd.evaluate.validation import Validation
@@ -191,7 +192,7 @@ def test_report_is_whole_and_needs_nothing_else(evaluated):
 def test_patients_right_is_on_the_left_of_the_picture():
     volume = np.zeros((6, 5, 4))
     volume[5, 4, 3] = 1  # right, anterior, superior
-    axial, coronal, sagittal = (figures._oriented(volume, axis, index) for axis, index in ((2, 3), (1, 4), (0, 5)))
+    axial, coronal, sagittal = (figures.oriented(volume, axis, index) for axis, index in ((2, 3), (1, 4), (0, 5)))
     assert axial.shape == (5, 6) and coronal.shape == (4, 6) and sagittal.shape == (4, 5)
     for picture in (axial, coronal, sagittal):  # last row is the top: drawn with origin lower
         assert picture[-1, 0] == 1

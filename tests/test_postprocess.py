@@ -15,7 +15,8 @@ from mstkd.config import InferenceConfig
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode, predict_logits
 from mstkd.evaluate.postprocess import postprocess
-from mstkd.evaluate.run import evaluate_predictions, evaluate_run
+from mstkd.evaluate.label_files import evaluate_predictions
+from mstkd.evaluate.run import evaluate_run
 from mstkd.predict import predict_folder
 from mstkd.shards.spec import LABEL_SCHEMES, read_splits
 

@@ -14,7 +14,8 @@ from trained_run import make_run, method_and_source, write_run
 
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
-from mstkd.evaluate.run import evaluate_predictions, evaluate_run
+from mstkd.evaluate.label_files import evaluate_predictions
+from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.summary import COUNTS
 from mstkd.export import export
 from mstkd.predict import predict_folder, save_like

@@ -117,7 +117,7 @@ def test_a_run_is_a_parent_with_a_child_per_part(config):
     for part in ("student", "evaluation"):
         assert found[f"{name}/{part}"].data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert found[f"{name}/student"].data.metrics == {"val/dice_et/flair_t1": 0.5, "train/loss": 2.0}
-    assert found[f"{name}/evaluation"].data.metrics == {"psnr/t1_t2": 31.0}
+    assert found[f"{name}/evaluation"].data.metrics == {"psnr/t1_to_t2": 31.0}
     expected = {"ranks": "2", "task": "segmentation", "git": "abc123", "method": "mst_kdnet", "data_digest": DATASET["digest"], "attempt": "1"}
     assert expected.items() <= parent.data.tags.items()
     assert parent.data.params["train.steps"] == str(config.train.steps)

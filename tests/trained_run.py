@@ -31,27 +31,30 @@ def make_run(root: Path) -> Path:
     return write_run(root, "toy", {"name": "toys.linear"})
 
 
-def write_run(root: Path, name: str, method: dict, crop: tuple[int, int, int] = CROP) -> Path:
-    """A run folder as training leaves it, with freshly built networks as its best weights, of the method's last stage."""
+def write_run(root: Path, name: str, method: dict, crop: tuple[int, int, int] | None = CROP, slices: dict | None = None) -> Path:
+    """A run folder as training leaves it, with freshly built networks as its best weights, of the method's last stage.
+
+    `slices`: of a method of two dimensions, instead of `crop`.
+    """
     config = RunConfig.model_validate(
-        {"name": name, "runs_dir": str(root / "runs"), "method": method, "data": {"shards": str(root / "shards"), "crop": crop},
+        {"name": name, "runs_dir": str(root / "runs"), "method": method, "data": {"shards": str(root / "shards"), "crop": crop, "slices": slices},
          "train": {"global_batch": 1, "steps": 1}}
     )  # fmt: skip
     best = config.run_dir / load(method["name"]).stages[-1] / "checkpoints" / "step-00000001"
     best.mkdir(parents=True)
     (config.run_dir / "config.yaml").write_text(yaml.safe_dump(resolved(config)))
     record_attempt(config, world_size=1)
-    built, _ = method_and_source(root / "shards", method, crop)
+    built, _ = method_and_source(root / "shards", method, crop, slices and slices["size"])
     weights = {f"{name}.{key}": value.clone() for name, net in built.networks.items() for key, value in net.state_dict().items()}
     save_file(weights, best / "both.safetensors")
     (best.parent / "best").write_text(best.name + "\n")
     return config.run_dir
 
 
-def method_and_source(shards, section=None, crop=CROP):
+def method_and_source(shards, section=None, crop=CROP, slice_size=None):
     source = CaseSource([ShardStore(Path(shards))])
     torch.manual_seed(0)
-    return build(section or {"name": "toys.linear"}, DataFacts(source.sequences, source.label_scheme, crop)), source
+    return build(section or {"name": "toys.linear"}, DataFacts(source.sequences, source.label_scheme, crop, slice_size=slice_size)), source
 
 
 def predictor_and_source(shards, section=None, window=None):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SCORES = {"segmentation": "Dice", "classification": "accuracy", "synthesis": "SSIM"}  # what a validation's score is, by task
+
 
 class Keeper:
     """Saves and validates for a trainer: between two updates, where all ranks can do it together."""
@@ -120,8 +122,7 @@ class Keeper:
             return True
         self.trainer.tracker.log_metrics({f"val/{name}": value for name, value in figures.items()}, state.step, self.stage.name)
         score = figures["score"]
-        kind = "accuracy" if self.stage.method.task == "classification" else "Dice"
-        log.info("stage %s: step %d: validation %s %.4f", self.stage.name, state.step, kind, score)
+        log.info("stage %s: step %d: validation %s %.4f", self.stage.name, state.step, SCORES[self.stage.method.task], score)
         if math.isfinite(score) and (state.best_score is None or score > state.best_score):
             state.best_score, state.best_step = score, state.step
             return True

@@ -5,16 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch.distributed as dist
 from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 
 from mstkd.config import EvaluateConfig
-from mstkd.engine.stop import Stopped
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.metrics import Reference, dice, region_masks
 from mstkd.evaluate.scoring import Score, score
+from mstkd.evaluate.sharing import shared_out
 from mstkd.evaluate.source import CaseSource
 from mstkd.shards.spec import LabelScheme, SubjectMeta
 from mstkd.subsets import Subset, part_of, subset_name
@@ -72,19 +71,14 @@ def score_subjects(
     `stopping` (collective) is asked before each round of `world` cases; raises Stopped when it says so.
     """
     _check_regions(scheme, source)
+
+    def rows(number: int) -> list[Row]:
+        scored = _score_case(predictor, networks, source, subjects[number], subsets, scheme, options)
+        log.info("scored %s (%d of %d)", subjects[number], number + 1, len(subjects))
+        return scored
+
     with evaluation_mode(predictor.method):
-        scored = []
-        for first in range(0, len(subjects), world):
-            if stopping is not None and stopping():
-                raise Stopped
-            if (number := first + rank) < len(subjects):
-                scored.append((number, _score_case(predictor, networks, source, subjects[number], subsets, scheme, options)))
-                log.info("scored %s (%d of %d)", subjects[number], number + 1, len(subjects))
-    if world > 1:
-        parts: list = [None] * world
-        dist.all_gather_object(parts, scored)
-        scored = sorted((case for part in parts for case in part), key=lambda case: case[0])
-    return [row for _, rows in scored for row in rows]
+        return shared_out(len(subjects), rows, rank, world, stopping)
 
 
 def whole_brain_baseline(source: CaseSource, subjects: Sequence[str]) -> dict[str, float | int | None]:

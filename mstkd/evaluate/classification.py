@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from monai.metrics import compute_roc_auc
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
@@ -22,10 +21,10 @@ from torch import Tensor
 
 from mstkd.batch import hide
 from mstkd.config import InferenceConfig
-from mstkd.engine.stop import Stopped
 from mstkd.evaluate.inference import AUTOCAST, evaluation_mode
+from mstkd.evaluate.sharing import shared_out
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.summary import percent
+from mstkd.evaluate.summary import mean_known, percent
 from mstkd.methods import Method
 from mstkd.subsets import Subset, all_subsets, subset_name
 
@@ -61,18 +60,12 @@ def decide(
     is asked before each round of `world` blocks of cases; raises Stopped when it says so.
     """
     blocks = [subjects[start : start + BLOCK_CASES] for start in range(0, len(subjects), BLOCK_CASES)]
-    made = []
+
+    def decisions(number: int) -> list[Decision]:
+        return _decide_block(method, networks, source, blocks[number], subsets, inference, device)
+
     with evaluation_mode(method):
-        for first in range(0, len(blocks), world):
-            if stopping is not None and stopping():
-                raise Stopped
-            if (number := first + rank) < len(blocks):
-                made.append((number, _decide_block(method, networks, source, blocks[number], subsets, inference, device)))
-    if world > 1:
-        parts: list = [None] * world
-        dist.all_gather_object(parts, made)
-        made = sorted((block for part in parts for block in part), key=lambda block: block[0])
-    return [decision for _, decisions in made for decision in decisions]
+        return shared_out(len(blocks), decisions, rank, world, stopping)
 
 
 def _decide_block(method, networks, source, keys, subsets, inference, device) -> list[Decision]:
@@ -144,16 +137,11 @@ def _cells(decisions: Sequence[Decision], classes: Sequence[str]) -> dict[str, d
         both = own.any() and not own.all()
         auc = float(compute_roc_auc(probabilities[:, number], torch.from_numpy(own).float())) if both else None
         cells[name] = {"accuracy": float(right[own].mean()) if own.any() else None, "auc": auc, "n": int(own.sum())}
-    return {ALL: {"accuracy": float(right.mean()), "auc": _mean([cell["auc"] for cell in cells.values()]), "n": len(decisions)}, **cells}
+    return {ALL: {"accuracy": float(right.mean()), "auc": mean_known([cell["auc"] for cell in cells.values()]), "n": len(decisions)}, **cells}
 
 
 def _mean_cell(cells: Sequence[dict]) -> dict[str, float | int | None]:
-    return {"accuracy": _mean([c["accuracy"] for c in cells]), "auc": _mean([c["auc"] for c in cells]), "n": sum(c["n"] for c in cells)}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return {"accuracy": mean_known([c["accuracy"] for c in cells]), "auc": mean_known([c["auc"] for c in cells]), "n": sum(c["n"] for c in cells)}
 
 
 def write_decisions(path: Path, decisions: Sequence[Decision], classes: Sequence[str]) -> None:

@@ -122,12 +122,12 @@ def _fullest_slice(case: CasePicture, axis: int) -> int:
 
 
 def _draw(axes, case: CasePicture, labels: NDArray[np.uint8], scheme: LabelScheme, axis: int, position: int) -> None:
-    picture = _oriented(case.background, axis, position).astype(np.float32)
+    picture = oriented(case.background, axis, position).astype(np.float32)
     low, high = np.percentile(picture, (1, 99.5))
     plane = [n for n in range(3) if n != axis]
     aspect = case.spacing_mm[plane[1]] / case.spacing_mm[plane[0]]
     axes.imshow(picture, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)
-    flat = _oriented(labels, axis, position)
+    flat = oriented(labels, axis, position)
     overlay = np.zeros((*flat.shape, 4))
     for value, colour in colours(scheme).values():
         overlay[flat == value] = to_rgba(colour, OPACITY)
@@ -136,7 +136,7 @@ def _draw(axes, case: CasePicture, labels: NDArray[np.uint8], scheme: LabelSchem
     axes.set_yticks([])
 
 
-def _oriented(volume: NDArray, axis: int, position: int) -> NDArray:
+def oriented(volume: NDArray, axis: int, position: int) -> NDArray:
     """A slice with rows upwards: superior or anterior up; patient's right, or in sagittal slices anterior, on the left."""
     return np.take(volume, position, axis=axis)[::-1].T
 

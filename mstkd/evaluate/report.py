@@ -16,6 +16,7 @@ from mstkd.evaluate.figures import CasePicture
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import millimetres, percent
+from mstkd.evaluate.synthesis import Completion, decibels, four_digits
 from mstkd.shards.spec import LabelScheme
 from mstkd.subsets import Subset, possible_subsets, subset_name
 
@@ -31,11 +32,11 @@ def shown_subsets(sequences: Sequence[str], possible: Sequence[str] | None = Non
     return [tuple(name in names for name in sequences) for names in given]
 
 
-def best_median_worst(rows: Sequence[Row]) -> dict[str, str]:
-    """"best", "median", "worst" -> subject, by the mean Dice over subsets and regions; fewer for fewer cases."""
+def best_median_worst(rows: Sequence[Row | Completion], figure: str = "dice") -> dict[str, str]:
+    """"best", "median", "worst" -> subject, by the mean of a `figure` of their scores over all rows; fewer for fewer cases."""
     scores: dict[str, list[float]] = {}
     for row in rows:
-        scores.setdefault(row.subject, []).append(row.score.dice)
+        scores.setdefault(row.subject, []).append(getattr(row.score, figure))
     if not scores:
         return {}
     ranked = sorted(scores, key=lambda subject: (-np.mean(scores[subject]), subject))
@@ -111,9 +112,9 @@ def draw_class_figures(
 def write_report(
     path: Path, title: str, facts: dict[str, str], summaries: dict[str, dict[str, Any]], drawn: dict[str, Path], template: str = "report.html.j2"
 ) -> None:
-    """One self-contained HTML file; `facts` are shown at its top. `template`: report.html.j2, or classification.html.j2."""
+    """One self-contained HTML file; `facts` are shown at its top. `template`: report.html.j2, or one that extends it."""
     environment = Environment(loader=PackageLoader("mstkd.evaluate", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"percent": percent, "millimetres": millimetres, "area": area}
+    environment.filters |= {"percent": percent, "millimetres": millimetres, "area": area, "decibels": decibels, "four_digits": four_digits}
     images = {caption: base64.b64encode(file.read_bytes()).decode() for caption, file in drawn.items()}
     html = environment.get_template(template).render(title=title, facts=facts, summaries=summaries, images=images)
     partial = path.with_suffix(".tmp")

@@ -1,17 +1,14 @@
-"""`mstkd evaluate`: a run on a split of shard sets, or label maps against label maps."""
+"""`mstkd evaluate RUN`: a run on a split of shard sets."""
 
-import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
-from mstkd.config import EvaluateConfig
 from mstkd.console import log_to_console
 from mstkd.data.availability import Availability
 from mstkd.data.store import ShardStore
@@ -19,25 +16,25 @@ from mstkd.engine import backend
 from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
-from mstkd.evaluate import features
-from mstkd.evaluate.cases import Row, references, score_labels, score_subjects, whole_brain_baseline
+from mstkd.evaluate import features, synthesis
+from mstkd.evaluate.cases import score_subjects, whole_brain_baseline
 from mstkd.evaluate.classification import CONVENTIONS, decide, print_accuracies, summarise_decisions, write_decisions
+from mstkd.evaluate.completion import Completer
+from mstkd.evaluate.completion_figures import completion_pictures, draw_completions
 from mstkd.evaluate.inference import Predictor
-from mstkd.evaluate.metrics import bounding_box
 from mstkd.evaluate.overlap import refuse, training_overlap
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_class_figures, draw_figures, write_report
 from mstkd.evaluate.scoring import conventions
 from mstkd.evaluate.source import CaseSource, split_subjects
 from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
+from mstkd.evaluate.synthesis import print_likeness, score_completions, summarise_completions, write_completions
 from mstkd.evaluate.weights import TrainedRun, open_run
-from mstkd.shards.dataset import DatasetSpec, Volume, load_spec
-from mstkd.shards.labels import read_labels
-from mstkd.shards.nifti import AFFINE_TOLERANCE_MM, read_volume
-from mstkd.shards.spec import LabelScheme
-from mstkd.subsets import possible_subsets, subset_name
+from mstkd.subsets import Subset, possible_subsets, proper, subset_name
 from mstkd.track import open_evaluation
 
 log = logging.getLogger(__name__)
+
+ORACLE = {"oracle": "this network was given the labels of these cases, which a user does not have: an upper bound, not ranked"}
 
 
 def evaluate_on_ranks(
@@ -65,154 +62,159 @@ def evaluate_run(
     UserError: no run, no such split, other sequences, regions or classes, cases that training saw (unless `allow_overlap`
     or the recipe's `data.allow_overlap`). Collective with several ranks; rank 0 writes.
     """
-    run = open_run(run_dir, tasks=("segmentation", "classification")).postprocessed(postprocess)
+    run = open_run(run_dir, tasks=tuple(TASKS)).postprocessed(postprocess)
     source = CaseSource([ShardStore(data)]) if data else run.source
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
-    notes = _overlap_note(run, source, split, allow_overlap) | _untrained_note(run)
-    folder = _folder(run, source, split, postprocess)
-    evaluate_subjects = _evaluate_classes if run.method.task == "classification" else _evaluate_volumes
-    return evaluate_subjects(run, source, split, subjects, folder, notes, rank, world)
+    subsets = possible_subsets(source.sequences, run.method.subsets)
+    subsets = proper(subsets) if run.method.task == "synthesis" else subsets
+    notes = _overlap_note(run, source, split, allow_overlap) | _untrained_note(run, subsets)
+    job = Evaluation(run, source, split, subjects, subsets, _networks(run), notes, _folder(run, source, split, postprocess), rank, world)
+    summaries = TASKS[run.method.task](job)
+    return summaries[job.networks[0]]
 
 
-def _evaluate_volumes(
-    run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], folder: Path, notes: dict[str, str], rank: int, world: int
-) -> dict[str, Any]:
-    notes = conventions(run.config.evaluate) | notes
+@dataclass(frozen=True)
+class Evaluation:
+    """What is scored, by which networks, and where the results go."""
+
+    run: TrainedRun
+    source: CaseSource
+    split: str
+    subjects: Sequence[str]
+    subsets: Sequence[Subset]
+    networks: Sequence[str]  # the first is what the run is for
+    notes: dict[str, str]  # of the run itself: they go below the conventions
+    folder: Path
+    rank: int
+    world: int
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the report says at its top."""
+        return {
+            "method": self.run.config.method["name"],
+            "data": f"{self.source.dataset}, {self.split} split, {len(self.subjects)} cases",
+            "trained on": f"{self.run.dataset}, fold {self.run.config.data.fold}",
+        }
+
+    @property
+    def heading(self) -> tuple[str, str, int]:
+        """Method, split and fold, as summaries name them."""
+        return self.run.config.method["name"], self.split, self.run.config.data.fold
+
+    def begin(self) -> None:
+        """Make the folder; summary.json is written last: where it lies, all of the evaluation does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "summary.json").unlink(missing_ok=True)
+
+    def finish(
+        self, summaries: dict[str, dict], facts: dict[str, str], drawn: dict[str, Path], template: str, print_summary: Callable[[dict, str], None]
+    ) -> None:
+        """Report, summaries, MLflow and the tables in the terminal."""
+        name, report = self.run.config.name, self.folder / "report.html"
+        write_report(report, f"Evaluation of {name}", facts, summaries, drawn, template)
+        _write_summaries(self.folder, summaries)
+        _track(self.run, self.folder, summaries)
+        for network, summary in summaries.items():
+            oracle = " (oracle)" if summary.get("oracle") else ""
+            print_summary(summary, f"{name}, {network}{oracle}, {self.split} split of {self.source.dataset}, {len(self.subjects)} cases")
+        Console().print(f"report: {report}", highlight=False, soft_wrap=True)
+
+
+def _evaluate_volumes(job: Evaluation) -> dict[str, dict]:
+    run, source, folder = job.run, job.source, job.folder
+    notes = conventions(run.config.evaluate) | job.notes
     if run.config.inference.postprocess != "none":
         notes["postprocess"] = f"label maps cleared up by {run.config.inference.postprocess} before scoring"
     predictor, scheme = run.predictor(), run.facts.label_scheme
-    networks = _networks(run)
-    subsets = possible_subsets(source.sequences, run.method.subsets)
-    rows = score_subjects(predictor, networks, source, subjects, subsets, scheme, run.config.evaluate, rank, world)
-    name, fold = run.config.method["name"], run.config.data.fold
-    summaries = {n: summarise([row for row in rows if row.network == n], source.sequences, name, split, fold, notes) for n in networks}
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").unlink(missing_ok=True)  # it is written last: where it lies, all of the evaluation does
+    rows = score_subjects(predictor, job.networks, source, job.subjects, job.subsets, scheme, run.config.evaluate, job.rank, job.world)
+    summaries = {n: summarise([row for row in rows if row.network == n], source.sequences, *job.heading, notes) for n in job.networks}
+    if job.rank == 0:
+        job.begin()
         write_rows(folder / "per_case.csv", rows)
         write_json(folder / "cost.json", _cost(predictor))
-        facts = _facts(run, source, split, subjects) | _volume_facts(run, _write_baseline(folder, source, subjects))
-        complete = set(source.complete(subjects))
-        chosen = best_median_worst([row for row in rows if row.network == networks[0] and row.subject in complete])
-        pictures = case_pictures(predictor, networks[0], source, chosen, scheme)
+        facts = job.facts | _volume_facts(run, _write_baseline(folder, source, job.subjects))
+        complete = set(source.complete(job.subjects))
+        chosen = best_median_worst([row for row in rows if row.network == job.networks[0] and row.subject in complete])
+        pictures = case_pictures(predictor, job.networks[0], source, chosen, scheme)
         drawn = draw_figures(folder, summaries, pictures) | _draw_features(folder, run, source, sorted(complete), predictor)
-        facts["pictured"] = ", ".join(f"{rank} {subject}" for rank, subject in chosen.items())
-        write_report(folder / "report.html", f"Evaluation of {run.config.name}", facts, summaries, drawn)
-        _write_summaries(folder, summaries)
-        _track(run, folder, summaries)
-        for network, summary in summaries.items():
-            print_table(summary, f"{run.config.name}, {network}, {split} split of {source.dataset}, {len(subjects)} cases")
-        Console().print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-    return summaries[networks[0]]
+        job.finish(summaries, facts | _pictured(chosen), drawn, "report.html.j2", print_table)
+    return summaries
 
 
-def _evaluate_classes(
-    run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str], folder: Path, notes: dict[str, str], rank: int, world: int
-) -> dict[str, Any]:
-    if run.config.inference.postprocess != "none":
-        raise UserError(f"inference.postprocess {run.config.inference.postprocess}: is for label maps of tumours (WT, TC, ET); set it to none")
-    notes = CONVENTIONS | notes
-    networks, classes = _networks(run), source.classification.classes
-    subsets = possible_subsets(source.sequences, run.method.subsets)
-    decisions = decide(run.method, networks, source, subjects, subsets, run.config.inference, run.placed(), rank, world)
-    name, fold = run.config.method["name"], run.config.data.fold
+def _evaluate_classes(job: Evaluation) -> dict[str, dict]:
+    run, source, folder, classes = job.run, job.source, job.folder, job.source.classification.classes
+    _refuse_postprocess(run)
+    decisions = decide(
+        run.method, job.networks, source, job.subjects, job.subsets, run.config.inference, run.placed(), job.rank, job.world
+    )
     summaries = {
-        n: summarise_decisions([d for d in decisions if d.network == n], source.sequences, classes, name, split, fold, notes) for n in networks
+        n: summarise_decisions([d for d in decisions if d.network == n], source.sequences, classes, *job.heading, CONVENTIONS | job.notes)
+        for n in job.networks
     }
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").unlink(missing_ok=True)
+    if job.rank == 0:
+        job.begin()
         write_decisions(folder / "per_case.csv", decisions, classes)
         drawn = draw_class_figures(folder, summaries, decisions, classes)
-        title = f"Evaluation of {run.config.name}"
-        write_report(folder / "report.html", title, _facts(run, source, split, subjects), summaries, drawn, "classification.html.j2")
-        _write_summaries(folder, summaries)
-        _track(run, folder, summaries)
-        for network, summary in summaries.items():
-            print_accuracies(summary, f"{run.config.name}, {network}, {split} split of {source.dataset}, {len(subjects)} cases")
-        Console().print(f"report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-    return summaries[networks[0]]
+        job.finish(summaries, job.facts, drawn, "classification.html.j2", print_accuracies)
+    return summaries
 
 
-def evaluate_predictions(
-    pred_dir: Path, ref_dir: Path, spec_name: str, out: Path, options: EvaluateConfig | None = None
-) -> dict[str, Any]:
-    """Score label maps <subject>.nii.gz in `pred_dir` against the truth in `ref_dir`, on the files' own grid.
+def _evaluate_completions(job: Evaluation) -> dict[str, dict]:
+    run, source, folder, oracles = job.run, job.source, job.folder, job.run.method.oracles
+    _refuse_postprocess(run)
+    if {*oracles} & {*job.networks} and source.label_scheme != run.facts.label_scheme:
+        raise UserError(f"data set {source.dataset} has another label scheme than {oracles[0]}, which is given labels, learned from; set evaluate.networks")
+    completer = run.completer()
+    rows = score_completions(completer, job.networks, source, job.subjects, job.subsets, rank=job.rank, world=job.world)
+    notes = synthesis.conventions(run.config.data.slices, any(row.score.lpips is not None for row in rows)) | job.notes
+    summaries = {}
+    for network in job.networks:
+        own, texts = [row for row in rows if row.network == network], notes | (ORACLE if network in oracles else {})
+        summaries[network] = summarise_completions(own, source.sequences, *job.heading, network in oracles, texts)
+    if job.rank == 0:
+        job.begin()
+        write_completions(folder / "per_case.csv", rows)
+        write_json(folder / "cost.json", _cost(completer))
+        complete = set(source.complete(job.subjects))
+        chosen = best_median_worst([row for row in rows if row.network == job.networks[0] and row.subject in complete], "psnr")
+        drawn = draw_completions(folder, summaries, completion_pictures(completer, job.networks[0], source, chosen), source.sequences)
+        job.finish(summaries, job.facts | _pictured(chosen), drawn, "synthesis.html.j2", print_likeness)
+    return summaries
 
-    The truth is a data set in the spec's layout, or label maps <subject>.nii.gz. What `mstkd predict` noted in
-    predictions.json names the subset; without it the subset is "given". Writes per_case.csv and summary.json to
-    `out` and returns the summary. Raises UserError: nothing to score, no truth for a prediction, another grid,
-    label values outside the spec's scheme.
-    """
-    options, spec = options or EvaluateConfig(), load_spec(spec_name, Path(ref_dir))
-    if spec.scheme is None:
-        raise UserError(f"spec {spec_name}: declares no label scheme; there is nothing to score")
-    predictions = _label_maps(Path(pred_dir))
-    if not predictions:
-        raise UserError(f"{pred_dir}: no predictions; expected <subject>.nii.gz")
-    noted = Path(pred_dir) / "predictions.json"
-    subsets = json.loads(noted.read_text()) if noted.is_file() else {}
-    truths = _truths(Path(ref_dir), spec, predictions)
-    rows = []
-    for subject, path in predictions.items():
-        if subject not in truths:
-            raise UserError(f"{path}: no truth for subject {subject} in {ref_dir}")
-        for region, score in _score_files(path, truths[subject], spec, options).items():
-            rows.append(Row("predictions", subject, subsets.get(subject, "given"), region, score))
-    notes = conventions(options) | {"cases": f"{len(predictions)} predictions scored; {len(truths)} subjects have a truth"}
-    summary = summarise(rows, list(spec.sequences), None, "given", None, notes)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    write_rows(Path(out) / "per_case.csv", rows)
-    write_json(Path(out) / "summary.json", summary)
-    print_table(summary, f"{pred_dir} against {ref_dir}")
-    return summary
+
+TASKS = {"segmentation": _evaluate_volumes, "classification": _evaluate_classes, "synthesis": _evaluate_completions}
+
+
+def _refuse_postprocess(run: TrainedRun) -> None:
+    if run.config.inference.postprocess != "none":
+        raise UserError(f"inference.postprocess {run.config.inference.postprocess}: is for label maps of tumours (WT, TC, ET); set it to none")
+
+
+def _pictured(chosen: dict[str, str]) -> dict[str, str]:
+    return {"pictured": ", ".join(f"{rank} {subject}" for rank, subject in chosen.items())}
 
 
 def _track(run: TrainedRun, folder: Path, summaries: dict[str, dict]) -> None:
     """The means, the figures and the tables as a child of the run in MLflow."""
     with open_evaluation(run.config, run.folder, folder.relative_to(run.folder).as_posix().replace("/", "-")) as tracker:
         for network, summary in summaries.items():
-            for subset, regions in (*summary["subsets"].items(), ("mean", summary["mean"])):
-                for region, figures in regions.items():
-                    values = {f"{network}/{key}/{region}/{subset}": value for key, value in figures.items() if value is not None}
-                    tracker.log_metrics(values, 0, "evaluation")
+            tracker.log_metrics({f"{network}/{name}": value for name, value in _figures(summary) if value is not None}, 0, "evaluation")
         for path in sorted(folder.iterdir()):
             if path.is_file():
                 tracker.log_artifact(path, "evaluation")
 
 
-def _label_maps(folder: Path) -> dict[str, Path]:
-    return {path.name.removesuffix(".nii.gz"): path for path in sorted(folder.glob("*.nii.gz"))}
-
-
-def _truths(ref_dir: Path, spec: DatasetSpec, subjects: Iterable[str]) -> dict[str, Path | Volume]:
-    """Subject -> its true label map: <subject>.nii.gz in the scheme's values if such files are there, else as the spec says."""
-    maps = _label_maps(ref_dir)
-    if any(subject in maps for subject in subjects):
-        return maps
-    return {case.subject: case.label for case in spec.find_cases(ref_dir, require_complete=False) if case.label}
-
-
-def _score_files(prediction: Path, truth: Path | Volume, spec: DatasetSpec, options: EvaluateConfig) -> dict[str, Any]:
-    scheme = spec.scheme
-    predicted, own_affine = _read_labels(prediction, scheme)
-    true, affine = read_labels(truth, spec) if isinstance(truth, Volume) else _read_labels(truth, scheme)
-    if predicted.shape != true.shape or not np.allclose(own_affine, affine, rtol=0, atol=AFFINE_TOLERANCE_MM):
-        raise UserError(f"{prediction}: its grid (shape or affine) differs from that of {truth}; predict on the original grid")
-    spacing_mm = tuple(nib.affines.voxel_sizes(affine).tolist())
-    diagonal_mm = float(np.linalg.norm(np.multiply(true.shape, spacing_mm)))
-    either = (predicted > 0) | (true > 0)
-    box = bounding_box(either) if either.any() else (slice(1),) * 3  # outside it both are background
-    return score_labels(references(true[box], scheme, spacing_mm, diagonal_mm), predicted[box], scheme, options)
-
-
-def _read_labels(path: Path, scheme: LabelScheme) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    labels, affine = read_volume(path)
-    strange = [f"{value:g}" for value in np.unique(labels) if value not in scheme.values]
-    if strange:
-        raise UserError(f"{path}: label values {', '.join(strange[:5])} are outside scheme {scheme.name}; check --spec")
-    return labels.astype(np.uint8), affine
+def _figures(summary: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
+    """Every figure of a summary by its name in MLflow, e.g. "dice/WT/flair+t1" or "psnr/t1->flair"."""
+    if "patterns" in summary:
+        for pattern, cell in (*summary["patterns"].items(), ("mean", summary["mean"])):
+            yield from ((f"{key}/{pattern}", value) for key, value in cell.items())
+        return
+    for subset, regions in (*summary["subsets"].items(), ("mean", summary["mean"])):
+        for region, cell in regions.items():
+            yield from ((f"{key}/{region}/{subset}", value) for key, value in cell.items())
 
 
 def _check_data(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str]) -> None:
@@ -235,7 +237,7 @@ def _overlap_note(run: TrainedRun, source: CaseSource, split: str, allowed: bool
     return {"overlap": f"ALLOWED OVERLAP: {len(seen)} of these cases were seen in training; the figures are optimistic"}
 
 
-def _untrained_note(run: TrainedRun) -> dict[str, str]:
+def _untrained_note(run: TrainedRun, subsets: Sequence[Subset]) -> dict[str, str]:
     """Subsets that are scored though training never showed them to the network."""
     method, sequences = run.method, run.facts.sequences
     entries = [store.subjects[key] for store in run.source.stores for key in split_subjects(store, "train", run.config.data.fold)]
@@ -244,7 +246,7 @@ def _untrained_note(run: TrainedRun) -> dict[str, str]:
         patterns = {(True,) * len(sequences)}
     configs = [method.availability(stage) or run.config.data.availability for stage in run.config.stages or method.stages]
     seen = {subset for config in configs for subset in Availability(config, sequences).possible(patterns)}
-    never = [subset_name(sequences, subset) for subset in possible_subsets(sequences, method.subsets) if subset not in seen]
+    never = [subset_name(sequences, subset) for subset in subsets if subset not in seen]
     if not never:
         return {}
     log.warning("%s was never trained on %s", run.config.name, ", ".join(never))
@@ -274,12 +276,14 @@ def _write_summaries(folder: Path, summaries: dict[str, dict[str, Any]]) -> None
         write_json(folder / (f"summary_{network}.json" if number else "summary.json"), summary)
 
 
-def _cost(predictor: Predictor) -> dict[str, Any]:
-    """By network: how long one case took from one subset, on this rank."""
-    return {
-        network: {"seconds_per_case": float(np.mean(seconds)), "predictions": len(seconds), "device": predictor.device.type}
-        for network, seconds in predictor.seconds.items()
-    }
+def _cost(predictor: Predictor | Completer) -> dict[str, Any]:
+    """By network: how long one case, and where they are completed one slice, took from one subset, on this rank."""
+    cost = {}
+    for network, seconds in predictor.seconds.items():
+        cost[network] = {"seconds_per_case": float(np.mean(seconds)), "predictions": len(seconds), "device": predictor.device.type}
+        if isinstance(predictor, Completer):
+            cost[network]["seconds_per_slice"] = sum(seconds) / predictor.slices_done[network]
+    return cost
 
 
 def _write_baseline(folder: Path, source: CaseSource, subjects: Sequence[str]) -> dict[str, Any] | None:
@@ -302,14 +306,6 @@ def _draw_features(folder: Path, run: TrainedRun, source: CaseSource, subjects: 
         text = f"{kind} features: their sequence is named in {percent(score['accuracy'])} % of {score['n']}, chance {percent(score['chance'])} %"
         Console().print(text, highlight=False)
     return {"Features of single sequences; how often a classifier that saw other subjects names the sequence": folder / "features.png"}
-
-
-def _facts(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str]) -> dict[str, str]:
-    return {
-        "method": run.config.method["name"],
-        "data": f"{source.dataset}, {split} split, {len(subjects)} cases",
-        "trained on": f"{run.dataset}, fold {run.config.data.fold}",
-    }
 
 
 def _volume_facts(run: TrainedRun, baseline: dict[str, Any] | None) -> dict[str, str]:

@@ -73,6 +73,12 @@ def print_table(summary: dict[str, Any], title: str, console: Console | None = N
         console.print(f"{key}: {text}", style="dim", highlight=False, markup=False)
 
 
+def mean_known(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are not None; None without any."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
@@ -93,13 +99,13 @@ def _cell(scores: list[Score]) -> dict[str, float | int | None]:
     truth = [score for score in scores if score.truth_voxels]
     both = [score for score in truth if score.predicted_voxels]
     cell = {
-        "dice": _mean([score.dice for score in scores]),
-        "dice_nonempty": _mean([score.dice for score in truth]),
+        "dice": mean_known([score.dice for score in scores]),
+        "dice_nonempty": mean_known([score.dice for score in truth]),
         "n": len(scores),
         "n_nonempty": len(truth),
         "false_positive_cases": sum(not score.truth_voxels and score.predicted_voxels > 0 for score in scores),
-        "hd95_mm": _mean([score.hd95_mm for score in scores]),
-        "hd95_nonempty_mm": _mean([score.hd95_mm for score in both]),
+        "hd95_mm": mean_known([score.hd95_mm for score in scores]),
+        "hd95_nonempty_mm": mean_known([score.hd95_mm for score in both]),
         "hd95_n": len(both),
         "missed": len(truth) - len(both),
     }
@@ -107,15 +113,10 @@ def _cell(scores: list[Score]) -> dict[str, float | int | None]:
         cell["assd_mm"] = _mean([score.assd_mm for score in scores])
         cell["assd_nonempty_mm"] = _mean([score.assd_mm for score in both])
     if any(score.lesion_dice is not None for score in scores):
-        cell["lesion_dice"] = _mean([score.lesion_dice for score in scores])
-        cell["lesion_hd95_mm"] = _mean([score.lesion_hd95_mm for score in scores])
+        cell["lesion_dice"] = mean_known([score.lesion_dice for score in scores])
+        cell["lesion_hd95_mm"] = mean_known([score.lesion_hd95_mm for score in scores])
     return cell
 
 
 def _mean_cell(cells: list[dict]) -> dict[str, float | int | None]:
-    return {key: sum(c[key] for c in cells) if key in COUNTS else _mean([c[key] for c in cells]) for key in cells[0]}
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return {key: sum(c[key] for c in cells) if key in COUNTS else mean_known([c[key] for c in cells]) for key in cells[0]}

@@ -10,30 +10,45 @@ from mstkd.engine.environment import Ranks
 from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row, score_subjects
 from mstkd.evaluate.classification import accuracies, decide
+from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.source import CaseSource
-from mstkd.methods import Method
-from mstkd.subsets import Subset, parse_subset, possible_subsets, subset_name
+from mstkd.evaluate.synthesis import pattern_scores, score_completions
+from mstkd.methods import Method, load
+from mstkd.subsets import Subset, parse_subset, possible_subsets, proper, subset_name
 
 
 class Validation:
-    """Mean Dice, or accuracy, of one network over validation cases; the same figures on every rank."""
+    """Mean Dice, accuracy or SSIM of one network over validation cases; the same figures on every rank."""
 
     def __init__(self, config: RunConfig, stores: Sequence[ShardStore], ranks: Ranks, possible: Sequence[str] | None = None):
-        """`possible`: see `Method.subsets`. Raises UserError if `validate.subsets` names an unknown sequence, or a subset not among these."""
+        """`possible`: see `Method.subsets`. Raises UserError if `validate.subsets` names an unknown sequence, or a subset not among these,
+        or one that leaves nothing to synthesise."""
         self.config, self.ranks = config, ranks
         self.source = CaseSource(stores)
         self.subjects = self.source.subjects("val", config.data.fold)[: config.validation.max_cases]
-        names = config.validation.subsets
-        sequences = self.source.sequences
-        self.subsets = [parse_subset(name, sequences) for name in names] if names else possible_subsets(sequences, possible)
-        if strange := [subset for subset in self.subsets if subset not in possible_subsets(sequences, possible)]:
+        self.subsets = self._chosen(possible)
+
+    def _chosen(self, possible: Sequence[str] | None) -> list[Subset]:
+        names, sequences = self.config.validation.subsets, self.source.sequences
+        synthesis = load(self.config.method["name"]).task == "synthesis"
+        if not names:
+            subsets = possible_subsets(sequences, possible)
+            return proper(subsets) if synthesis else subsets
+        try:
+            chosen = [parse_subset(name, sequences) for name in names]
+        except UserError as error:
+            raise UserError(f"validate.subsets: {error}") from None
+        if strange := [subset for subset in chosen if subset not in possible_subsets(sequences, possible)]:
             raise UserError(f"validate.subsets: the method cannot be given {subset_name(sequences, strange[0])}; choose from {', '.join(possible)}, or remove the key")
+        if synthesis and proper(chosen) != chosen:
+            raise UserError(f"validate.subsets: {'+'.join(sequences)} leaves nothing to synthesise; remove it from the list")
+        return chosen
 
     def __call__(self, method: Method, stopping: Callable[[], bool], network: str | None = None, complete: bool = False) -> dict[str, float] | None:
         """"score", the mean over subsets x regions, which selects the best checkpoint, and its parts
-        "dice_<region>" and "dice_<subset>"; of a classification the mean accuracy over subsets and "accuracy_<subset>".
-        None without validation cases. Collective.
+        "dice_<region>" and "dice_<subset>"; of a classification the mean accuracy over subsets and "accuracy_<subset>"; of a
+        synthesis the mean SSIM over patterns, "ssim" and "psnr" (dB), and "ssim_<target>". None without validation cases. Collective.
 
         `network`: by default the first that the method scores. One that `sees_all` is scored on complete input alone; with `complete` any.
         `stopping`, collective too, is asked before each case; raises Stopped when it says so.
@@ -41,6 +56,8 @@ class Validation:
         if not self.subjects:
             return None
         network = network or method.scored[0]
+        if method.task == "synthesis":
+            return self._likeness(method, network, stopping)
         subsets = [(True,) * len(self.source.sequences)] if complete or network in method.sees_all else self.subsets
         if method.task == "classification":
             return self._accuracy(method, network, subsets, stopping)
@@ -57,6 +74,22 @@ class Validation:
             method, (network,), self.source, self.subjects, subsets, self.config.inference, self.ranks.device, self.ranks.rank, self.ranks.world, stopping
         ))  # fmt: skip
         return {"score": float(np.mean(list(shares.values()))), **{f"accuracy_{name}": share for name, share in shares.items()}}
+
+    def _likeness(self, method: Method, network: str, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        config, sequences = self.config, self.source.sequences
+        completer = Completer(method, sequences, config.data.slices, config.inference, self.ranks.device)
+        cells = pattern_scores(score_completions(
+            completer, (network,), self.source, self.subjects, self.subsets, regions=False, rank=self.ranks.rank, world=self.ranks.world, stopping=stopping
+        ), sequences)  # fmt: skip
+        if not cells:
+            return None
+        ssim, psnr = ({pattern: float(np.mean([getattr(s, key) for s in scores])) for pattern, scores in cells.items()} for key in ("ssim", "psnr"))
+        mean = float(np.mean(list(ssim.values())))
+        figures = {"score": mean, "ssim": mean, "psnr": float(np.mean(list(psnr.values())))}
+        for target in sequences:
+            if own := [value for pattern, value in ssim.items() if pattern.endswith(f"->{target}")]:
+                figures[f"ssim_{target}"] = float(np.mean(own))
+        return figures
 
     def _dice(self, rows: Sequence[Row]) -> dict[str, float]:
         cells: dict[tuple[str, str], list[float]] = {}

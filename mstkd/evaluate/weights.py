@@ -15,6 +15,7 @@ from mstkd.engine import averages, backend
 from mstkd.engine.checkpoint import STATE, damage, read_state
 from mstkd.engine.teacher import Identity, identity, load_weights
 from mstkd.errors import UserError
+from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.source import CaseSource
 from mstkd.methods import DataFacts, Method, build
@@ -57,6 +58,11 @@ class TrainedRun:
         facts, config = self.facts, self.config
         return Predictor(self.method, facts.sequences, config.data.crop, config.inference, self.placed(), facts.label_scheme)
 
+    def completer(self) -> Completer:
+        """Completion of whole cases, slice by slice, on the GPU if there is one."""
+        config = self.config
+        return Completer(self.method, self.facts.sequences, config.data.slices, config.inference, self.placed())
+
 
 def open_run(run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("segmentation",)) -> TrainedRun:
     """The run in `run_dir` with its best weights, or those of another `checkpoint` of its last stage (latest, step-00000120).
@@ -77,7 +83,7 @@ def open_run(run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("s
         raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; this command takes runs of {' and '.join(tasks)}")
     loaded = load_networks(run_dir, method) if checkpoint == "best" else load_checkpoint(run_dir, method, checkpoint)
     loaded |= load_given(run_dir, method, config, loaded)
-    networks = tuple(name for name in method.scored if name in loaded)
+    networks = tuple(sorted((name for name in method.scored if name in loaded), key=lambda name: name in method.oracles))  # oracles last
     if not networks:
         raise UserError(f"{run_dir}: none of {', '.join(method.scored)} is trained yet; train the run's next stage")
     return TrainedRun(run_dir, config, data["names"][0], facts, method, networks)

@@ -329,8 +329,8 @@ def sweep_tags(run_dir: Path) -> dict[str, str]:
 
 
 def metric_name(name: str) -> str:
-    """`name` in MLflow's alphabet: "dice_et/flair+t1" -> "dice_et/flair_t1", "psnr/t1->t2" -> "psnr/t1_t2"."""
-    return re.sub(r"->|[^\w./ :-]", "_", name, flags=re.ASCII)
+    """`name` in MLflow's alphabet: "dice_et/flair+t1" -> "dice_et/flair_t1", "psnr/t1->t2" -> "psnr/t1_to_t2"."""
+    return re.sub(r"[^\w./ :-]", "_", name.replace("->", "_to_"), flags=re.ASCII)
 
 
 def run_params(config: RunConfig) -> dict[str, object]:

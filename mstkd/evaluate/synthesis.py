@@ -1,0 +1,276 @@
+"""Completed sequences against the true ones: PSNR and SSIM by pattern, `per_case.csv` and `summary.json`.
+
+A pattern says which sequences are given and which one is looked at, e.g. "t1+t2->flair". Letters: K slices, S pixels per axis.
+"""
+
+import csv
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from mstkd.config import SliceConfig
+from mstkd.errors import UserError
+from mstkd.evaluate.completion import Completer, Slices
+from mstkd.evaluate.inference import evaluation_mode
+from mstkd.evaluate.metrics import bounding_box, region_masks
+from mstkd.evaluate.perceptual import Distance, perceptual_distance
+from mstkd.evaluate.sharing import shared_out
+from mstkd.evaluate.source import CaseSource
+from mstkd.evaluate.summary import mean_known
+from mstkd.subsets import Subset, all_subsets, part_of, subset_name
+
+log = logging.getLogger(__name__)
+
+WINDOW = 11  # pixels per axis of SSIM's
+IDENTICAL_DB = 100.0  # PSNR of identical images, which has no end
+WHOLE = (slice(None), slice(None))
+COUNTS = ("n", "local_n")
+
+Image = NDArray[np.float32]  # (S, S) in [0, 1]
+Box = tuple[slice, slice]
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How like the true sequence a completed one is: means over the slices of a case; None where nothing was measured."""
+
+    slices: int
+    psnr: float  # dB
+    ssim: float
+    brain_psnr: float | None = None  # in the rectangle round the brain
+    brain_ssim: float | None = None
+    local_slices: int = 0  # those that show WT
+    local_psnr: float | None = None  # in the rectangle round WT
+    local_ssim: float | None = None
+    lpips: float | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One score: a network on a case, for one of the sequences that were not given."""
+
+    network: str
+    subject: str
+    given: str
+    target: str
+    score: Likeness
+
+    @property
+    def pattern(self) -> str:
+        return f"{self.given}->{self.target}"
+
+
+def psnr(image: Image, truth: Image) -> float:
+    """Peak signal-to-noise ratio in dB of images in [0, 1]: 10 log10(1 / mean squared error); at most IDENTICAL_DB."""
+    error = float(np.mean(np.square(image.astype(np.float64) - truth)))
+    return min(10 * float(np.log10(1 / error)), IDENTICAL_DB) if error else IDENTICAL_DB
+
+
+def ssim(image: Image, truth: Image) -> float:
+    """Structural similarity (Wang et al., IEEE TIP 2004) of images in [0, 1], at least WINDOW pixels per axis.
+
+    Gaussian window of 11 x 11, sigma 1.5, K1 0.01, K2 0.03; mean over the windows that lie inside the image.
+    """
+    return float(structural_similarity(image, truth, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
+
+
+def rectangle(mask: NDArray[np.bool_]) -> Box | None:
+    """The smallest rectangle round a mask (S, S), sides under WINDOW pixels grown to it inside the image; None round nothing."""
+    if not mask.any():
+        return None
+    return tuple(_grown(side, size) for side, size in zip(bounding_box(mask), mask.shape, strict=True))
+
+
+def _grown(side: slice, size: int) -> slice:
+    short = max(WINDOW - (side.stop - side.start), 0)
+    start = min(max(side.start - short // 2, 0), size - (side.stop - side.start) - short)
+    return slice(start, start + (side.stop - side.start) + short)
+
+
+def whole_tumour(case: Slices, source: CaseSource) -> NDArray[np.bool_]:
+    """WT (K, S, S) of a case; empty where it has no label, or its set no such region."""
+    scheme = source.label_scheme
+    if case.label is None or scheme is None or "WT" not in scheme.regions:
+        return np.zeros(case.brain.shape, bool)
+    return region_masks(case.label.numpy(), scheme)["WT"]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What completed slices of a case are measured against, with the work that no completion changes done once."""
+
+    images: Tensor  # (K, M, S, S) in [0, 1]
+    brain: list[Box | None]  # by slice
+    local: list[Box | None]
+
+    @classmethod
+    def of(cls, completer: Completer, case: Slices, source: CaseSource) -> "Truth":
+        return cls(completer.unit(case.image), [rectangle(mask) for mask in case.brain.numpy()], [rectangle(mask) for mask in whole_tumour(case, source)])
+
+    def likeness(self, completed: Tensor, channel: int, regions: bool, distance: Distance | None) -> Likeness:
+        """Of channel `channel` of the completed stack (K, M, S, S); without `regions` over whole slices alone."""
+        pairs = list(zip(completed[:, channel].numpy(), self.images[:, channel].numpy(), strict=True))
+        whole = _means(pairs, [WHOLE] * len(pairs))
+        if not regions:
+            return Likeness(len(pairs), *whole)
+        far = distance and float(np.mean(distance(completed[:, channel], self.images[:, channel])))
+        shown = len([box for box in self.local if box is not None])
+        return Likeness(len(pairs), *whole, *_means(pairs, self.brain), shown, *_means(pairs, self.local), far)
+
+
+def _means(pairs: Sequence[tuple[Image, Image]], boxes: Sequence[Box | None]) -> tuple[float | None, float | None]:
+    """PSNR and SSIM inside each slice's box, averaged over the slices that have one."""
+    found = [(image[box], truth[box]) for (image, truth), box in zip(pairs, boxes, strict=True) if box is not None]
+    if not found:
+        return None, None
+    return float(np.mean([psnr(*pair) for pair in found])), float(np.mean([ssim(*pair) for pair in found]))
+
+
+def score_completions(
+    completer: Completer, networks: Sequence[str], source: CaseSource, subjects: Sequence[str], subsets: Sequence[Subset],
+    regions: bool = True, rank: int = 0, world: int = 1, stopping: Callable[[], bool] | None = None,
+) -> list[Completion]:  # fmt: skip
+    """Scores of every subject x network x subset x sequence outside it, the same on every rank and for any number of ranks.
+
+    A pattern is left out for a case that lacks one of its sequences. Without `regions` whole slices alone (cheap, for
+    validation). Collective with several ranks. `stopping` as in `shared_out`. Raises UserError: a network whose output is not finite.
+    """
+    distance = perceptual_distance(completer.device) if regions else None
+
+    def scores(number: int) -> list[Completion]:
+        scored = _score_case(completer, networks, source, subjects[number], subsets, regions, distance)
+        log.info("scored %s (%d of %d)", subjects[number], number + 1, len(subjects))
+        return scored
+
+    with evaluation_mode(completer.method):
+        return shared_out(len(subjects), scores, rank, world, stopping)
+
+
+def _score_case(completer, networks, source, key, subsets, regions, distance) -> list[Completion]:
+    case, sequences = completer.slices(source.subject(key)), completer.sequences
+    truth = Truth.of(completer, case, source)
+    scored = []
+    for network in networks:
+        for subset in (subset for subset in subsets if part_of(subset, case.present)):
+            targets = [m for m, (given, here) in enumerate(zip(subset, case.present, strict=True)) if here and not given]
+            if not targets:
+                continue
+            completed, given = completer.complete(network, case, subset), subset_name(sequences, subset)
+            for m in targets:
+                score = truth.likeness(completed, m, regions, distance)
+                scored.append(Completion(network, key, given, sequences[m], score))
+    return scored
+
+
+def conventions(slices: SliceConfig, perceptual: bool) -> dict[str, str]:
+    """What the figures mean, in words; printed under every table."""
+    return {
+        "images": f"axial slices of {slices.size} x {slices.size} pixels with at least {100 * slices.min_brain:g} % brain, completed and true, "
+        "in the method's intensities, clipped and mapped to [0, 1]; never 8-bit files",
+        "psnr": f"10 log10(1 / mean squared error) in dB, at most {IDENTICAL_DB:g}; mean over the slices of a case, then over cases",
+        "ssim": "range 1, Gaussian window of 11 x 11, sigma 1.5, mean over the windows inside the image; slices and cases as for psnr",
+        "local": "in the smallest rectangle round WT in that slice, sides under 11 pixels grown to 11; slices without WT are left out, local_n cases have some",
+        "brain": "in the smallest rectangle round the brain in that slice",
+        "lpips": "AlexNet, images repeated to three channels in [-1, 1]; lower is better"
+        if perceptual
+        else "not measured: the package lpips and the weights of AlexNet are not installed here, and nothing is downloaded",
+        "pattern": "given -> target; what is given is never scored, and cases that lack one of its sequences are left out",
+        "mean": "unweighted mean over patterns of the means over cases; counts are summed; by_missing: over patterns with so many sequences not given",
+    }
+
+
+def summarise_completions(
+    completions: Sequence[Completion], sequences: Sequence[str], method: str, split: str, fold: int, oracle: bool, conventions: dict[str, str]
+) -> dict[str, Any]:
+    """The content of `summary.json` for the scores of one network, marked if it is an `oracle`. A mean over no case is None.
+
+    Raises UserError if there is no score, or one that is not a number.
+    """
+    cells = pattern_scores(completions, sequences)
+    if not cells:
+        raise UserError(f"split {split}: no case has both the sequences that the method is given and another one to compare with; choose other data")
+    for row in completions:
+        if not np.isfinite(row.score.psnr):
+            raise UserError(f"network {row.network}: what it makes of case {row.subject} from {row.given} is not finite; look at the loss of its training")
+    patterns = {pattern: _cell(scores) for pattern, scores in cells.items()}
+    missing: dict[int, list[dict]] = {}
+    for pattern, cell in patterns.items():
+        missing.setdefault(len(sequences) - len(pattern.partition("->")[0].split("+")), []).append(cell)
+    return {
+        "method": method, "split": split, "fold": fold, **({"oracle": True} if oracle else {}), "patterns": patterns,
+        "by_missing": {str(count): _mean_cell(missing[count]) for count in sorted(missing)},
+        "mean": _mean_cell(list(patterns.values())), "conventions": conventions,
+    }  # fmt: skip
+
+
+def pattern_scores(completions: Sequence[Completion], sequences: Sequence[str]) -> dict[str, list[Likeness]]:
+    """Pattern -> scores of its cases; patterns by subset in their usual order, then by target in the data set's."""
+    cells: dict[str, list[Likeness]] = {}
+    for row in completions:
+        cells.setdefault(row.pattern, []).append(row.score)
+    usual = [f"{subset_name(sequences, subset)}->{target}" for subset in all_subsets(sequences) for target in sequences]
+    return {pattern: cells[pattern] for pattern in usual if pattern in cells}
+
+
+def _cell(scores: Sequence[Likeness]) -> dict[str, float | int | None]:
+    cell = {key: mean_known([getattr(score, key) for score in scores]) for key in ("psnr", "ssim", "local_psnr", "local_ssim")}
+    cell |= {"n": len(scores), "local_n": sum(score.local_slices > 0 for score in scores)}
+    cell |= {key: mean_known([getattr(score, key) for score in scores]) for key in ("brain_psnr", "brain_ssim")}
+    if any(score.lpips is not None for score in scores):
+        cell["lpips"] = mean_known([score.lpips for score in scores])
+    return cell
+
+
+def _mean_cell(cells: Sequence[dict]) -> dict[str, float | int | None]:
+    return {key: sum(c[key] for c in cells) if key in COUNTS else mean_known([c[key] for c in cells]) for key in cells[0]}
+
+
+def write_completions(path: Path, completions: Sequence[Completion]) -> None:
+    """`per_case.csv`: one line per network x case x pattern; an empty field was not measured."""
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["network", "subject", "pattern", *Likeness.__dataclass_fields__])
+        for row in completions:
+            writer.writerow([row.network, row.subject, row.pattern, *vars(row.score).values()])
+    os.replace(partial, path)
+
+
+def print_likeness(summary: dict[str, Any], title: str, console: Console | None = None) -> None:
+    """One line per pattern: PSNR in dB and SSIM, of whole slices and round the tumour; the conventions below."""
+    console = console or Console()
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("pattern", no_wrap=True)
+    for heading in ("PSNR\ndB", "SSIM", "local\nPSNR", "local\nSSIM", *(["LPIPS"] if "lpips" in summary["mean"] else []), "cases"):
+        table.add_column(heading, justify="right")
+    for name, cell in summary["patterns"].items():
+        table.add_row(name, *_texts(cell), str(cell["n"]))
+    table.add_section()
+    table.add_row("mean", *_texts(summary["mean"]), "", style="bold")
+    console.print(table)
+    for key, text in summary["conventions"].items():
+        console.print(f"{key}: {text}", style="dim", highlight=False, markup=False)
+
+
+def decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def four_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _texts(cell: dict[str, float | int | None]) -> list[str]:
+    texts = [decibels(cell["psnr"]), four_digits(cell["ssim"]), decibels(cell["local_psnr"]), four_digits(cell["local_ssim"])]
+    return texts + ([four_digits(cell["lpips"])] if "lpips" in cell else [])
