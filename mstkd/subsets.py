@@ -38,6 +38,8 @@ def largest_given(subject: str, sequences: Sequence[str], allowed: Sequence[str]
             f"{subject}: has {subset_name(sequences, present)}, and this run's network needs {', '.join(allowed)}; add what is missing, or use another run"
         )
     return max(fitting, key=sum)
+
+
 def proper(subsets: Sequence[Subset]) -> list[Subset]:
     """Those of `subsets` that leave a sequence out."""
     return [subset for subset in subsets if not all(subset)]
