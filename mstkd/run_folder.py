@@ -63,6 +63,11 @@ def recorded(config: RunConfig) -> dict:
     return values
 
 
+def best_steps(folder: Path) -> dict[str, str]:
+    """By stage: which checkpoint is its best at present."""
+    return {pointer.parent.parent.name: pointer.read_text().strip() for pointer in sorted(Path(folder).glob("*/checkpoints/best"))}
+
+
 def read_run_config(folder: Path) -> RunConfig:
     """The resolved configuration of a run folder. Raises UserError if it is not one."""
     path = Path(folder) / "config.yaml"

@@ -278,7 +278,7 @@ def test_every_subset_is_far_better_than_chance_and_both_views_are_best(trained)
 
 def test_the_evaluation_folder_holds_tables_report_and_figures(trained):
     folder = trained.folder / "evaluation"
-    assert {path.name for path in folder.iterdir()} == {"per_case.csv", "summary.json", "report.html", "heat_map_student.png", "confusion_student.png"}
+    assert {path.name for path in folder.iterdir()} == {"per_case.csv", "summary.json", "weights.json", "report.html", "heat_map_student.png", "confusion_student.png"}
     assert json.loads((folder / "summary.json").read_text()) == trained.summary
     assert set(trained.summary["mean"]) == {"all", *"0123456789"}
     rows = list(csv.DictReader((folder / "per_case.csv").open()))

@@ -24,6 +24,7 @@ from mstkd.compare.tables import print_comparison
 from mstkd.errors import UserError
 from mstkd.evaluate.run import evaluate_run
 from mstkd.launch.cli import main
+from mstkd.run_folder import best_steps
 
 PATIENTS = {f"scan{n}": f"P{n}" for n in range(8)}
 
@@ -215,6 +216,17 @@ def test_what_cannot_be_compared_is_refused(shards, tmp_path):
     refused("scored by other conventions: hd95_empty is .*one empty the image diagonal.* in the first and .*one empty also 0.* in the second", [first, reference][::-1])
     allowed = write_run(shards, "allowed", flat(0.5), method={"name": "x"})
     refused("--published nothing: no such table", [first, allowed], published=["nothing"])
+
+
+def test_a_run_that_was_trained_on_after_its_evaluation_is_refused(shards, tmp_path):
+    first, second = write_run(shards, "first", flat(0.5)), write_run(shards, "second", flat(0.5), method={"name": "x"})
+    pointer = second / "distill" / "checkpoints" / "best"
+    pointer.parent.mkdir(parents=True)
+    pointer.write_text("step-00000100\n")
+    (second / "evaluation" / "weights.json").write_text(json.dumps(best_steps(second)))
+    compare([first, second], tmp_path / "out")
+    pointer.write_text("step-00000200\n")
+    refused(f"{second}: was trained on after its evaluation; run `mstkd evaluate {second}` again", [first, second])
 
 
 def test_files_that_disagree_are_refused(shards):

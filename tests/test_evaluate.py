@@ -235,6 +235,17 @@ def test_options_reach_the_figures_and_are_named(evaluated, shards, tmp_path):
     assert missed and all(summary["subsets"][s][r]["hd95_mm"] < usual[s][r]["hd95_mm"] for s, r in missed)
 
 
+def test_each_case_once_on_what_it_has(evaluated, shards, tmp_path):
+    (tmp_path / "shards").symlink_to(shards)
+    run = write_run(tmp_path, "toy", {"name": "toys.linear"})
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluate"] = {"given": "present"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    summary, usual = evaluate_run(run), read(evaluated / "summary.json")
+    assert list(summary["subsets"]) == ["present"] and summary["subsets"]["present"] == usual["subsets"]["flair+t1+t1ce+t2"]
+    assert "never trained" not in summary["conventions"]
+
+
 def test_overlap_is_found_by_content_under_another_name(shards, tmp_path):
     nifti = shards.parent / "nifti"
     for number in range(3):

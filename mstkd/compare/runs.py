@@ -11,7 +11,7 @@ import numpy as np
 
 from mstkd.config import RunConfig
 from mstkd.errors import UserError
-from mstkd.run_folder import read_record, read_run_config
+from mstkd.run_folder import best_steps, read_record, read_run_config
 
 NOTES = ("overlap", "never trained", "postprocess")  # entries of summary["conventions"] that speak of the run, not of how figures are made
 
@@ -58,6 +58,8 @@ def read_run(folder: Path) -> EvaluatedRun:
     rows_path, summary_path = (folder / "evaluation" / name for name in ("per_case.csv", "summary.json"))
     if not (rows_path.is_file() and summary_path.is_file()):
         raise UserError(f"{folder}: not evaluated on its test split yet; run `mstkd evaluate {folder}` first")
+    if not evaluated_since(folder):
+        raise UserError(f"{folder}: was trained on after its evaluation; run `mstkd evaluate {folder}` again")
     summary = json.loads(summary_path.read_text())
     network, scores = _read_scores(rows_path, folder)
     _check_agreement(folder, scores, summary)
@@ -68,6 +70,12 @@ def read_run(folder: Path) -> EvaluatedRun:
         {key: text for key, text in texts.items() if key in NOTES},
         bool(summary.get("oracle")),
     )  # fmt: skip
+
+
+def evaluated_since(folder: Path) -> bool:
+    """Whether the evaluation in `folder`/evaluation is one of its present best weights; without a note of whose it is, it is taken as such."""
+    noted = Path(folder) / "evaluation" / "weights.json"
+    return not noted.is_file() or json.loads(noted.read_text()) == best_steps(folder)
 
 
 def check_comparable(runs: Sequence[EvaluatedRun]) -> None:

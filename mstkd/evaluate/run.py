@@ -29,6 +29,7 @@ from mstkd.evaluate.source import CaseSource, split_subjects
 from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
 from mstkd.evaluate.synthesis import print_likeness, score_completions, summarise_completions, write_completions
 from mstkd.evaluate.weights import TrainedRun, open_run
+from mstkd.run_folder import best_steps
 from mstkd.subsets import Subset, possible_subsets, proper, subset_name
 from mstkd.track import open_evaluation
 
@@ -68,7 +69,12 @@ def evaluate_run(
     _check_data(run, source, split, subjects)
     subsets = possible_subsets(source.sequences, run.method.subsets)
     subsets = proper(subsets) if run.method.task == "synthesis" else subsets
-    notes = _overlap_note(run, source, split, allow_overlap) | _untrained_note(run, subsets)
+    notes = _overlap_note(run, source, split, allow_overlap)
+    if run.config.evaluate.given == "present":
+        _check_present(run)
+        subsets = None
+    else:
+        notes |= _untrained_note(run, subsets)
     job = Evaluation(run, source, split, subjects, subsets, _networks(run), notes, _folder(run, source, split, postprocess), rank, world)
     summaries = TASKS[run.method.task](job)
     return summaries[job.networks[0]]
@@ -82,7 +88,7 @@ class Evaluation:
     source: CaseSource
     split: str
     subjects: Sequence[str]
-    subsets: Sequence[Subset]
+    subsets: Sequence[Subset] | None  # None: each case once, given all that it has
     networks: Sequence[str]  # the first is what the run is for
     notes: dict[str, str]  # of the run itself: they go below the conventions
     folder: Path
@@ -104,9 +110,10 @@ class Evaluation:
         return self.run.config.method["name"], self.split, self.run.config.data.fold
 
     def begin(self) -> None:
-        """Make the folder; summary.json is written last: where it lies, all of the evaluation does."""
+        """Make the folder and note whose weights are scored; summary.json is written last: where it lies, all of the evaluation does."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "summary.json").unlink(missing_ok=True)
+        write_json(self.folder / "weights.json", best_steps(self.run.folder))
 
     def finish(
         self, summaries: dict[str, dict], facts: dict[str, str], drawn: dict[str, Path], template: str, print_summary: Callable[[dict, str], None]
@@ -215,6 +222,11 @@ def _figures(summary: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
     for subset, regions in (*summary["subsets"].items(), ("mean", summary["mean"])):
         for region, cell in regions.items():
             yield from ((f"{key}/{region}/{subset}", value) for key, value in cell.items())
+
+
+def _check_present(run: TrainedRun) -> None:
+    if run.method.task != "segmentation" or run.method.subsets is not None:
+        raise UserError(f"evaluate.given present: is for segmentations that take any subset, not for {run.config.method['name']}; set it to subsets")
 
 
 def _check_data(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import yaml
 
+from mstkd.compare.runs import evaluated_since
 from mstkd.engine.checkpoint import is_finished, read_state
 from mstkd.errors import UserError
 from mstkd.methods import load
@@ -61,8 +62,7 @@ class StudyRun:
     @property
     def done(self) -> bool:
         """Trained and, if asked for, evaluated since."""
-        summary = self.folder / "evaluation" / "summary.json"
-        return self.trained and (not self.evaluate or summary.is_file() and summary.stat().st_mtime_ns > self.best.stat().st_mtime_ns)
+        return self.trained and (not self.evaluate or (self.folder / "evaluation" / "summary.json").is_file() and evaluated_since(self.folder))
 
     @property
     def best_score(self) -> float | None:
