@@ -4,6 +4,8 @@ import logging
 
 from train_ranks import run
 
+from mstkd.errors import FailedElsewhereError, UserError
+
 
 def train(recipe: str) -> dict:
     """The curve, and what was logged while slices were looked for in this rank."""
@@ -15,3 +17,11 @@ def train(recipe: str) -> dict:
         return {**run(recipe, []), "said": said}
     finally:
         reader.removeHandler(handler)
+
+
+def refused(recipe: str) -> str:
+    """How a run that cannot begin ends here."""
+    try:
+        run(recipe, ["name=refused", "data.slices.min_brain=0.9"])
+    except (UserError, FailedElsewhereError) as error:
+        return f"{type(error).__name__}: {error}"
