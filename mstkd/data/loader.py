@@ -132,6 +132,7 @@ class Stages:
         self.augment_intensities(drawn, drawn.sample.brain, out)
 
     def to_intensities(self, sample: Sample, out: np.ndarray) -> None:
+        """The method's intensities into `out`, float32 of the image's shape."""
         sequences = self.training.sequences
         planes = max(1, BLOCK_VOXELS // sample.brain[0].size)
         for start in range(0, len(sample.brain), planes):  # voxel by voxel anyhow: so it stays in the processor's cache
@@ -139,6 +140,7 @@ class Stages:
             out[:, block] = self.intensity.apply(_float32(sample.image[:, block]), sample.brain[block], sample.meta, sequences)
 
     def augment_intensities(self, drawn: Drawn, brain: np.ndarray, out: np.ndarray) -> None:
+        """Augments `out`, (M, ...), where `brain` of the same shape without M is not 0."""
         draws = self._draws(drawn.item, "intensity")
         present = np.array(_present(drawn.sample, self.training.sequences))
         augmented = augment_intensity(out, brain, present, self.config.augment, draws)

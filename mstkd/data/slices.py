@@ -36,7 +36,7 @@ def find_slices(stores: Sequence[ShardStore], sets: Sequence[Sequence[Sequence[s
     """The slices that qualify for training, per shard set and subject; () where a subject has none. `sets` as in `Order`.
 
     Reads each training subject's brain mask, with `region` its label too, and no image: the time grows with the number
-    of subjects times their voxels, one or two bytes each (some 20 ms for a BraTS subject in the page cache). Of a set
+    of subjects times their voxels, one or two bytes each (5 and 40 ms for a BraTS subject in the page cache). Of a set
     that is staged, every tar with such a subject is staged once. With `on_bad_sample: skip` subjects that cannot be decoded
     are logged and not in the index. Raises UserError if there are more than `max_bad_samples` of them, or if no slice qualifies.
     """
