@@ -1,4 +1,4 @@
-"""What the ranks do in test_utad_net.py: updates of a stage through the engine, on slices that are the same for any number of ranks."""
+"""What the ranks do in test_utad_training.py: updates of a stage through the engine, on slices that are the same for any number of ranks."""
 
 import torch
 from small_utad import SIZES, make, make_batch
