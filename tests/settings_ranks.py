@@ -1,5 +1,7 @@
 """What the ranks do in test_settings.py and test_offload.py: build engines and look inside."""
 
+from dataclasses import replace
+
 import torch
 from engine_ranks import SEQUENCES, micro_batch, toy_config
 
@@ -14,8 +16,8 @@ from mstkd.methods import Role, RoleStep
 from mstkd.shards.spec import LABEL_SCHEMES
 
 
-def engine_facts(train: dict) -> dict:
-    """What DeepSpeed's engine of the toy's role `networks` has made of the configuration."""
+def engine_facts(train: dict, **declared) -> dict:
+    """What DeepSpeed's engine of the toy's role `networks`, which is `declared` so, has made of the configuration."""
     ranks = resolve_environment()
     backend.start(ranks)
     config = toy_config(None, None, {}, {"steps": 1, **train})
@@ -24,7 +26,7 @@ def engine_facts(train: dict) -> dict:
     accumulation = config.train.accumulation(ranks.world)
     for name, role in toy.roles("distill").items():
         backend.check_role(name, role, config.train, accumulation)
-    engine = RoleEngine("networks", toy.roles("distill")["networks"], config.train, accumulation, ranks.device)
+    engine = RoleEngine("networks", replace(toy.roles("distill")["networks"], **declared), config.train, accumulation, ranks.device)
     inner = engine._engine
     facts = {
         "stage": inner.zero_optimization_stage(), "overlap_comm": inner.zero_overlap_comm(), "bucket": inner.zero_reduce_bucket_size(),

@@ -187,6 +187,14 @@ def test_a_warm_restart_begins_where_the_longer_curve_is():
         assert lr_factor(second, progress(step, 0, 100_000)) == pytest.approx(lr_factor(whole, progress(80_000 + step, 0, 180_000)))
 
 
+def test_linear_falls_after_a_constant_share_to_its_end_in_the_last_step():
+    schedule = ScheduleConfig(name="linear", constant_share=0.2, min_lr_ratio=0.5)
+    factors = [lr_factor(schedule, progress(s, 0, steps=10)) for s in range(10)]
+    assert factors == pytest.approx([1, 1, *(1 - 0.5 * n / 8 for n in range(1, 9))])
+    whole = ScheduleConfig(name="linear", min_lr_ratio=0.1)
+    assert [lr_factor(whole, progress(s, 0, steps=3)) for s in range(3)] == pytest.approx([0.7, 0.4, 0.1])
+
+
 def test_warm_up_then_cosine():
     schedule = ScheduleConfig(name="cosine", warmup_steps=10, min_lr_ratio=0.1)
     factors = [lr_factor(schedule, progress(s, 0)) for s in range(1001)]

@@ -41,6 +41,21 @@ def test_samples_are_found_one_by_one_whatever_their_batch(tmp_path):
     assert torch.equal(wanted.grad, torch.full_like(wanted, 2))
 
 
+def test_a_network_of_two_inputs_is_known_by_both(tmp_path):
+    calls = []
+
+    class Guided(nn.Module):
+        def forward(self, image, code):
+            calls.append(len(image))
+            return image + code[:, :, None]
+
+    teacher, image, code = Guided(), torch.randn(2, 3, 4), torch.randn(2, 3)
+    CachedForward(teacher, OutputCache(tmp_path, 1.0))
+    for codes in (code, code, torch.stack([code[0], code[0]])):
+        assert torch.equal(teacher(image, codes), image + codes[:, :, None])
+    assert calls == [2, 1]
+
+
 def test_a_damaged_file_is_computed_again_with_a_warning(tmp_path, caplog):
     image = torch.randn(1, 2, 3, 3, 3)
     teacher, _, _ = cached(tmp_path)

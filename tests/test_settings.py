@@ -181,3 +181,7 @@ def test_compiled_training_gives_the_eager_curve(two_ranks, tmp_path):
     assert max(abs(a - b) for a, b in zip(eager, compiled, strict=True)) < 1e-4  # fused kernels round otherwise
     for compile in (False, True):
         assert two_ranks.run("settings_ranks.py", "engine_facts", train={"compile": compile, "zero_stage": 2})[0]["compiled"] == [compile] * 2
+
+
+def test_what_is_differentiated_twice_is_not_compiled(one_rank):
+    assert one_rank.run("settings_ranks.py", "engine_facts", train={"compile": True, "zero_stage": 0}, double_backward=True)[0]["compiled"] == [False] * 2

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -109,39 +109,43 @@ class CachedForward:
 
     def __init__(self, network: nn.Module, cache: OutputCache, computes: str = ""):
         """Takes the place of `network.forward`: whoever calls the network notices nothing. `computes`: what decides its output besides weights and input."""
-        self._compute: Callable[[Tensor], Any] = network.forward
+        self._compute: Callable[..., Any] = network.forward
         state = network.state_dict()
         self.cache, self._weights = cache, f"{_digest([tensor.cpu() for tensor in state.values()])}/{list(state)}/{network}/{computes}"
         self._structure: TreeSpec | None = None  # of the output: known from the first call, which computes
         network.forward = self
 
-    def __call__(self, image: Tensor) -> Any:
-        if image.requires_grad:  # somebody wants the gradient through this network
-            return self._compute(image)
-        names = [self._name(sample) for sample in image]
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Of tensors with one entry per sample each."""
+        if any(given.requires_grad for given in inputs):  # somebody wants the gradient through this network
+            return self._compute(*inputs)
+        names = [self._name(sample) for sample in zip(*inputs, strict=True)]
         found = [self.cache.get(name) for name in names]
         missing = [place for place, value in enumerate(found) if value is None or self._structure is None]
         if missing:
-            computed = self._samples(image[missing] if len(missing) < len(image) else image)
+            computed = self._samples([given[missing] for given in inputs] if len(missing) < len(names) else inputs)
             for place, tensors in zip(missing, computed, strict=True):
                 if found[place] is None:
                     self.cache.put(names[place], [tensor.cpu().contiguous() for tensor in tensors])
                 found[place] = tensors
-        leaves = [torch.stack([tensor.to(image.device) for tensor in parts]) for parts in zip(*found, strict=True)]
+        leaves = [torch.stack([tensor.to(inputs[0].device) for tensor in parts]) for parts in zip(*found, strict=True)]
         return tree_unflatten(leaves, self._structure)
 
-    def _samples(self, image: Tensor) -> list[list[Tensor]]:
-        """The output's tensors of each sample of `image`."""
-        leaves, self._structure = tree_flatten(self._compute(image))
-        if not all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == len(image) for leaf in leaves):
+    def _samples(self, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The output's tensors of each sample of `inputs`."""
+        leaves, self._structure = tree_flatten(self._compute(*inputs))
+        count = len(inputs[0])
+        if not all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == count for leaf in leaves):
             raise UserError("teacher.cache_dir: this network's output is not a set of tensors with one entry per sample; leave it out")
-        return [[leaf[place] for leaf in leaves] for place in range(len(image))]
+        return [[leaf[place] for leaf in leaves] for place in range(count)]
 
-    def _name(self, sample: Tensor) -> str:
-        device = sample.device.type
-        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sample.dtype
-        digest = hashlib.sha256(f"{self._weights}/{device}/{precision}/{sample.dtype}/{tuple(sample.shape)}/".encode())
-        digest.update(_bytes(sample.cpu().contiguous()))
+    def _name(self, sample: Sequence[Tensor]) -> str:
+        device = sample[0].device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else sample[0].dtype
+        digest = hashlib.sha256(f"{self._weights}/{device}/{precision}".encode())
+        for part in sample:
+            digest.update(f"/{part.dtype}/{tuple(part.shape)}/".encode())
+            digest.update(_bytes(part.cpu().contiguous()))
         return digest.hexdigest()
 
 

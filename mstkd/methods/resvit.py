@@ -3,8 +3,8 @@
 From Dalmaz et al. (IEEE TMI 2022, arXiv:2106.16031) it takes the generator: encoder and decoder of three convolutions, nine residual
 blocks, the first and the sixth of which join local features with a transformer's context, and one transformer shared by the two.
 What it does not take: pairs of images and their pixel-wise loss (there is none in unpaired data), the generator pre-trained without
-transformers, ImageNet weights, the patch discriminator, batch norms, padding by reflection. Targets, critic and losses are those of `stargan`, so that
-against it the generator alone is different. Without any mask.
+transformers, ImageNet weights, the patch discriminator, and details of layers (mstkd/models/resvit.py). Targets, critic and losses are
+those of `stargan`, so that against it the generator alone is different. Without any mask.
 """
 
 from typing import Annotated

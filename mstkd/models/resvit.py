@@ -19,7 +19,8 @@ STRIDE = 16  # pixels per token and axis
 class ResViTGenerator(nn.Module):
     """Convolutional encoder, `blocks` residual blocks, decoder; those at the positions `attending` also see the slice as tokens.
 
-    As published the attending blocks share one transformer. It begins with random weights.
+    As published the attending blocks share one transformer. Its layers are those of MST-KDNet (ReLU), it begins with random weights, and
+    its tokens' positions are shared, too; tokens and map are joined by a plain convolution. Other norms and paddings than published.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class Attending(nn.Module):
 
     def __init__(self, channels: int, embed_dim: int):
         super().__init__()
-        self.shrink = nn.Sequential(_conv(channels, channels, 3, stride=2), _conv(channels, channels, 3, stride=2), nn.Conv2d(channels, embed_dim, 1))
-        self.grow = nn.Sequential(_up(embed_dim, channels), _up(channels, channels))
+        middle, small = _conv(channels, 2 * channels, 3, stride=2), _conv(2 * channels, 4 * channels, 3, stride=2)
+        self.shrink = nn.Sequential(middle, small, nn.Conv2d(4 * channels, embed_dim, 1))
+        self.grow = nn.Sequential(_up(embed_dim, 2 * channels), _up(2 * channels, channels))
         self.join = nn.Sequential(nn.Conv2d(2 * channels, channels, 1), nn.InstanceNorm2d(channels), nn.ReLU())
         self.residual = Residual(channels)
 
