@@ -56,9 +56,8 @@ def prepare(recipe: str, cluster_name: str, cluster: Cluster, stages: str | None
     base = load_config(recipe, overrides)
     runs = [_checked(load_config(recipe, [*overrides, *changes]), cluster) for changes in _members(base.name, axes)]
     links = [Link("train", group, cluster) for group in _groups(runs[0], stages)]
-    if _method(runs[0]).task in ("segmentation", "classification"):
-        one = {"gpus_per_node": 1} if cluster.gpus_per_node else {"ranks_per_node": 1}
-        links.append(Link("evaluate", (), cluster.model_copy(update={"nodes": 1, **one})))
+    one = {"gpus_per_node": 1} if cluster.gpus_per_node else {"ranks_per_node": 1}
+    links.append(Link("evaluate", (), cluster.model_copy(update={"nodes": 1, **one})))
     if len({run.name for run in runs}) < len(runs):
         raise UserError("--sweep: two members have the same name; give values that differ in letters or digits")
     return Submission(base.name, cluster_name, runs, axes, links)

@@ -15,11 +15,11 @@ from mstkd.evaluate.figures import oriented
 from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.report import shown_subsets
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.synthesis import Box, Truth, psnr, whole_tumour
+from mstkd.evaluate.synthesis import WHOLE, Box, Truth, psnr, whole_tumour
 from mstkd.subsets import proper, subset_name
 
 ERROR_END = 0.3  # of the error map's colours: the same in every picture, so that pictures can be compared
-ROW_IN, COLUMN_IN = 1.7, 1.7
+PANEL_IN = 1.7  # of a montage, inches
 
 
 @dataclass(frozen=True)
@@ -93,29 +93,41 @@ def heat_maps(summary: dict[str, Any], sequences: Sequence[str], title: str, pat
 
 def montage(case: CompletionPicture, path: Path) -> None:
     """Rows: patterns. Columns: given, target, completed and their absolute difference; beside them the same round the tumour, magnified."""
-    parts = [None] if case.tumour is None else [None, _margin(case.tumour, next(iter(case.truth.values())).shape)]
-    columns = 4 * len(parts)
-    figure = Figure(figsize=(COLUMN_IN * columns + 1.2, ROW_IN * len(case.completed) + 0.4), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    grid = figure.subplots(len(case.completed), columns, squeeze=False)
+    parts = [WHOLE] if case.tumour is None else [WHOLE, _margin(case.tumour, next(iter(case.truth.values())).shape)]
+    figure, grid, bar = _grid(len(case.completed), len(parts))
     for row, ((given, target), image) in zip(grid, case.completed.items(), strict=True):
         truth = case.truth[target]
         for number, part in enumerate(parts):
             panels = row[4 * number : 4 * number + 4]
-            inside = part or (slice(None), slice(None))
-            shown = [_mosaic([case.truth[name][inside] for name in given.split("+")]), truth[inside], image[inside]]
+            shown = [_mosaic([case.truth[name][part] for name in given.split("+")]), truth[part], image[part]]
             for axes, picture in zip(panels, shown, strict=False):
                 _show(axes, picture, case.aspect, cmap="gray", vmin=0, vmax=1)
-            errors = _show(panels[3], np.abs(image - truth)[inside], case.aspect, cmap="inferno", vmin=0, vmax=ERROR_END)
+            errors = _show(panels[3], np.abs(image - truth)[part], case.aspect, cmap="inferno", vmin=0, vmax=ERROR_END)
         if len(parts) > 1:
-            for axes in row[1:4]:
+            for axes in row["+" in given : 4]:  # in a mosaic of several there is no place for it
                 _frame(axes, parts[1])
         row[0].set_ylabel(f"{given}\n-> {target}".replace("+", "+\n") if len(given) > 12 else f"{given} -> {target}", fontsize=8)
         row[2].text(0.03, 0.03, f"{psnr(image, truth):.1f} dB", color="white", fontsize=7, transform=row[2].transAxes)
-    for axes, name in zip(grid[0], ["given", "target", "completed", "difference"] * len(parts), strict=True):
+    names = ["given", "target", "completed", "difference"]
+    for axes, name in zip(grid[0], names if len(parts) == 1 else names + [f"{name}, magnified" for name in names], strict=True):
         axes.set_title(name, fontsize=9)
-    figure.colorbar(errors, ax=grid, label="absolute difference", shrink=min(1.0, 2.5 / len(grid)), extend="max", aspect=25)
+    figure.colorbar(errors, cax=bar, label="absolute difference", extend="max")
     figure.savefig(path, dpi=110)
+
+
+def _grid(rows: int, groups: int) -> tuple[Figure, NDArray, Any]:
+    """A figure, its panels (rows, 4 groups) in groups of four columns, and where the colour bar goes."""
+    left, right, top, gap = 0.65, 0.85, 0.3, 0.12  # inches
+    width, height = left + groups * (4 * PANEL_IN + gap) + right, top + rows * PANEL_IN + 0.1
+    figure = Figure(figsize=(width, height), facecolor="white")
+    blocks = []
+    for group in range(groups):
+        start = left + group * (4 * PANEL_IN + gap)
+        place = dict(left=start / width, right=(start + 4 * PANEL_IN) / width, bottom=0.1 / height, top=1 - top / height, wspace=0.02, hspace=0.02)
+        blocks.append(figure.subplots(rows, 4, squeeze=False, gridspec_kw=place))
+    tall = min(rows, 3) * PANEL_IN
+    bar = figure.add_axes((1 - (right - 0.05) / width, 1 - (top + tall) / height, 0.15 / width, (tall - 0.1) / height))
+    return figure, np.concatenate(blocks, axis=1), bar
 
 
 def _show(axes, picture: NDArray, aspect: float, **how):

@@ -17,11 +17,12 @@ Distance = Callable[[Tensor, Tensor], list[float]]  # of images (K, S, S) in [0,
 
 def perceptual_distance(device: torch.device) -> Distance | None:
     """LPIPS with AlexNet, grey images repeated to three channels in [-1, 1]; None where package or weights are not installed."""
-    if find_spec("lpips") is None or find_spec("torchvision") is None:
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    if find_spec("lpips") is None or find_spec("torchvision") is None or not any(cache.glob("alexnet-*.pth")):
         return None
     from torchvision.models import AlexNet_Weights
 
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.IMAGENET1K_V1.url).name).is_file():
+    if not (cache / Path(AlexNet_Weights.IMAGENET1K_V1.url).name).is_file():
         return None
     import lpips
 

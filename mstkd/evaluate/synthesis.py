@@ -82,6 +82,8 @@ def ssim(image: Image, truth: Image) -> float:
 
     Gaussian window of 11 x 11, sigma 1.5, K1 0.01, K2 0.03; mean over the windows that lie inside the image.
     """
+    # in float32 the rounding of variances shows beside K2 where an image is flat
+    image, truth = image.astype(np.float64), truth.astype(np.float64)
     return float(structural_similarity(image, truth, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
 
 
@@ -144,7 +146,7 @@ def score_completions(
     """Scores of every subject x network x subset x sequence outside it, the same on every rank and for any number of ranks.
 
     A pattern is left out for a case that lacks one of its sequences. Without `regions` whole slices alone (cheap, for
-    validation). Collective with several ranks. `stopping` as in `shared_out`. Raises UserError: a network whose output is not finite.
+    validation). Collective with several ranks. `stopping` as in `shared_out`. Raises UserError: an oracle is asked for and a case has no label.
     """
     distance = perceptual_distance(completer.device) if regions else None
 
@@ -201,8 +203,8 @@ def summarise_completions(
     if not cells:
         raise UserError(f"split {split}: no case has both the sequences that the method is given and another one to compare with; choose other data")
     for row in completions:
-        if not np.isfinite(row.score.psnr):
-            raise UserError(f"network {row.network}: what it makes of case {row.subject} from {row.given} is not finite; look at the loss of its training")
+        if np.isnan(row.score.psnr):
+            raise UserError(f"network {row.network}: what it makes of case {row.subject} from {row.given} is not a number; look at the loss of its training")
     patterns = {pattern: _cell(scores) for pattern, scores in cells.items()}
     missing: dict[int, list[dict]] = {}
     for pattern, cell in patterns.items():
