@@ -110,8 +110,8 @@ def _cell(scores: list[Score]) -> dict[str, float | int | None]:
         "missed": len(truth) - len(both),
     }
     if any(score.assd_mm is not None for score in scores):
-        cell["assd_mm"] = _mean([score.assd_mm for score in scores])
-        cell["assd_nonempty_mm"] = _mean([score.assd_mm for score in both])
+        cell["assd_mm"] = mean_known([score.assd_mm for score in scores])
+        cell["assd_nonempty_mm"] = mean_known([score.assd_mm for score in both])
     if any(score.lesion_dice is not None for score in scores):
         cell["lesion_dice"] = mean_known([score.lesion_dice for score in scores])
         cell["lesion_hd95_mm"] = mean_known([score.lesion_hd95_mm for score in scores])

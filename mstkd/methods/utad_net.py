@@ -35,6 +35,7 @@ from mstkd.models.recompute import statistics_kept
 from mstkd.models.utad_net import Double, Fusion, Generator, Translation, Up
 from mstkd.shards.spec import LabelScheme
 
+PREFERRED = ("flair", "t2", "t1ce", "t1")  # source of a translation, where a case has several: the first of these
 PENALTY = {"code": 10.0, "paper": 1.0}  # weight of the gradient penalty
 
 
@@ -218,7 +219,7 @@ class SliceTranslation(Method):
 
     @property
     def subsets(self) -> tuple[str, ...]:
-        return self.facts.sequences
+        return tuple(sorted(self.facts.sequences, key=lambda name: (*PREFERRED, name).index(name)))
 
     def availability(self, stage: str) -> AvailabilityConfig:
         return AvailabilityConfig(kind="single")
