@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -165,3 +166,22 @@ def test_what_can_be_drawn_is_what_is_drawn(kind, present):
     if possible:
         drawn = {availability.draw(0, Item(epoch, 0, "s"), present) for epoch in range(400)}
         assert drawn == possible
+
+
+@given(st.integers(0, 2**32), st.lists(st.booleans(), min_size=1, max_size=5).filter(any))
+def test_one_sequence_per_subject_for_the_whole_run(seed, present):
+    availability, present = Availability(AvailabilityConfig(kind="single"), "abcde"[: len(present)]), tuple(present)
+    draw = lambda **item: availability.draw(seed, Item(**{"epoch": 0, "source": 0, "subject": "s", **item}), present)  # noqa: E731
+    first = draw()
+    assert sum(first) == 1 and availability.possible([present]) == {s for s in all_subsets(present) if sum(s) == 1 and all(p or not a for a, p in zip(s, present))}
+    assert {draw(epoch=epoch, repeat=epoch % 2, slice_index=k) for epoch in range(4) for k in (None, 0, 9)} == {first}
+    assert {draw(subject=f"s{n}") for n in range(80)} == availability.possible([present])  # and every one of them for somebody
+
+
+def test_all_sequences_are_equally_likely_and_seeds_and_sets_differ():
+    availability = Availability(AvailabilityConfig(kind="single"), ("flair", "t1", "t1ce", "t2"))
+    drawn = {key: [availability.draw(key[0], Item(0, key[1], f"s{n}"), (True,) * 4) for n in range(4000)] for key in ((0, 0), (1, 0), (0, 1))}
+    counts = Counter(drawn[0, 0])
+    assert len(counts) == 4 and sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 30  # 3 degrees of freedom
+    for other in ((1, 0), (0, 1)):
+        assert 0.7 < np.mean([a != b for a, b in zip(drawn[0, 0], drawn[other])]) < 0.8

@@ -16,14 +16,13 @@ from test_data_stream import divisors, read_by
 from tiny_shards import SEQUENCES, SHAPE, TARS, npy
 
 from mstkd.bench.cost import bench_cost
-from mstkd.config import AugmentConfig, AvailabilityConfig, DataConfig, IntensityConfig, RunConfig
+from mstkd.config import AugmentConfig, DataConfig, IntensityConfig, RunConfig
 from mstkd.data.augment import augment_geometry
-from mstkd.data.availability import Availability
 from mstkd.data.intensity import Intensity
 from mstkd.data.loader import TrainLoader
 from mstkd.data.order import Order
 from mstkd.data.planes import Plane
-from mstkd.data.sample import Item, Sample, rng
+from mstkd.data.sample import Sample, rng
 from mstkd.data.slices import read_slice
 from mstkd.data.store import ShardStore
 from mstkd.data.training import open_training, training_slices
@@ -31,7 +30,6 @@ from mstkd.errors import UserError
 from mstkd.launch.cluster import Cluster
 from mstkd.launch.submit import prepare
 from mstkd.plan import plan
-from mstkd.subsets import all_subsets
 
 SIZE = 16
 REGIONS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
@@ -323,32 +321,11 @@ def test_a_bad_slice_is_replaced_alike_for_all_worker_and_rank_counts_and_counte
 
 # one sequence per subject
 
-SINGLE = AvailabilityConfig(kind="single")
-
-
-@given(st.integers(0, 2**32), st.lists(st.booleans(), min_size=1, max_size=5).filter(any))
-def test_one_sequence_per_subject_for_the_whole_run(seed, present):
-    availability, present = Availability(SINGLE, "abcde"[: len(present)]), tuple(present)
-    draw = lambda **item: availability.draw(seed, Item(**{"epoch": 0, "source": 0, "subject": "s", **item}), present)  # noqa: E731
-    first = draw()
-    assert sum(first) == 1 and availability.possible([present]) == {s for s in all_subsets(present) if sum(s) == 1 and all(p or not a for a, p in zip(s, present))}
-    assert {draw(epoch=epoch, repeat=epoch % 2, slice_index=k) for epoch in range(4) for k in (None, 0, 9)} == {first}
-    assert {draw(subject=f"s{n}") for n in range(80)} == availability.possible([present])  # and every one of them for somebody
-
-
-def test_all_sequences_are_equally_likely_and_seeds_and_sets_differ():
-    availability = Availability(SINGLE, SEQUENCES)
-    drawn = {key: [availability.draw(key[0], Item(0, key[1], f"s{n}"), (True,) * 4) for n in range(4000)] for key in ((0, 0), (1, 0), (0, 1))}
-    counts = Counter(drawn[0, 0])
-    assert len(counts) == 4 and sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 30  # 3 degrees of freedom
-    for other in ((1, 0), (0, 1)):
-        assert 0.7 < np.mean([a != b for a, b in zip(drawn[0, 0], drawn[other])]) < 0.8
-
 
 def test_a_subject_shows_its_one_sequence_also_where_it_stands_in_for_another(tmp_path):
     nan = npy(np.full((4, *SHAPE), np.nan, np.float16))
     folder = write_slices(tmp_path / "s", TARS, replace={(key, "image.npy"): nan for key in ("a0", "a1", "c0", "d0")})
-    config = data_config(folder, availability=SINGLE, max_bad_samples=999)
+    config = data_config(folder, availability={"kind": "single"}, max_bad_samples=999)
     shown: dict = {}
     for batch in micro_batches(config, total_steps=40).values():
         shown.setdefault(batch.subject[0], set()).add(tuple(batch.available[0].tolist()))
