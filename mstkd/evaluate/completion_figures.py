@@ -137,10 +137,10 @@ def _show(axes, picture: NDArray, aspect: float, **how):
 
 
 def _frame(axes, box: Box) -> None:
-    """A red line round `box` (X, Y) in a picture shown by `_show`, whose first axis runs from right to left."""
+    """A red line through the outermost pixels of `box` (X, Y) in a picture shown by `_show`, whose first axis runs from right to left."""
     size = round(axes.get_xlim()[1] + 0.5)
     (left, right), (low, high) = ((side.start, side.stop) for side in box)
-    axes.add_patch(Rectangle((size - right - 0.5, low - 0.5), right - left, high - low, fill=False, edgecolor="red", linewidth=1))
+    axes.add_patch(Rectangle((size - right, low), right - left - 1, high - low - 1, fill=False, edgecolor="red", linewidth=1, zorder=3))
 
 
 def _mosaic(images: Sequence[NDArray]) -> NDArray:
