@@ -22,6 +22,7 @@ from mstkd.data.store import ShardStore
 from mstkd.data.training import open_stores
 from mstkd.engine.environment import Ranks
 from mstkd.errors import UserError
+from mstkd.evaluate import fused
 from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.completion_figures import _mosaic
 from mstkd.evaluate.figures import oriented
@@ -29,9 +30,10 @@ from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.perceptual import perceptual_distance
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.synthesis import Truth, psnr, rectangle, score_completions, ssim
+from mstkd.evaluate.synthesis import Truth, copied, psnr, rectangle, score_completions, ssim
 from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import open_run
+from mstkd.methods.utad_net import Masks
 from mstkd.run_folder import read_run_config
 from mstkd.subsets import all_subsets, possible_subsets, proper
 from mstkd.track import open_trackers
@@ -309,7 +311,8 @@ def test_summary_is_the_mean_of_the_cases(run):
 def test_the_folder_holds_report_costs_and_pictures(run):
     folder = run / "evaluation"
     pictures = {"heat_map_student.png", "heat_map_teacher.png", "completed_best.png", "completed_worst.png"}
-    assert {path.name for path in folder.iterdir()} == {"summary.json", "summary_teacher.json", "per_case.csv", "cost.json", "report.html", *pictures}
+    files = {"summary.json", "summary_teacher.json", "per_case.csv", "copy_per_case.csv", "baseline.json", "weights.json", "cost.json", "report.html"}
+    assert {path.name for path in folder.iterdir()} == {*files, *pictures}
     html = (folder / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 4 and html.count("<td>t1ce-&gt;t2</td>") == 2 and "teacher (oracle)" in html
     assert f"<td class=\"first\">{read(folder / 'summary.json')['mean']['psnr']:.2f}</td>" in html
@@ -321,6 +324,53 @@ def test_the_folder_holds_report_costs_and_pictures(run):
     assert ((shown[..., 0] > 0.9) & (shown[..., 1:] < 0.1).all(-1)).sum() > 500  # the red lines round the tumour
     cost = read(folder / "cost.json")["student"]
     assert cost["predictions"] == 2 * 4 and 0 < cost["seconds_per_slice"] < cost["seconds_per_case"]
+
+
+def test_the_floor_is_a_given_sequence_in_place_of_the_missing_one(run, noisy):
+    """The first toy copies the given sequence itself, so it scores as the floor does."""
+    floor = list(csv.DictReader((run / "evaluation" / "copy_per_case.csv").open()))
+    own = [row for row in read_rows(run) if row["network"] == "student"]
+    assert {row["network"] for row in floor} == {"copy"} and len(floor) == len(own)
+    for ours, theirs in zip(floor, own, strict=True):
+        assert (ours["subject"], ours["pattern"]) == (theirs["subject"], theirs["pattern"])
+        assert all(float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-5) for key in ("psnr", "ssim", "local_psnr", "local_ssim") if ours[key])
+    mean = read(run / "evaluation" / "baseline.json")["copy"]
+    assert mean["psnr"] == pytest.approx(read(run / "evaluation" / "summary.json")["mean"]["psnr"], rel=1e-5)
+    assert "SSIM" in (run / "evaluation" / "report.html").read_text().split("floor")[1][:300]
+    images = torch.rand(2, 4, 5, 5)
+    first_given = copied(images, (False, True, False, True))
+    assert torch.equal(first_given[:, [1, 3]], images[:, [1, 3]]) and torch.equal(first_given[:, [0, 2]], images[:, [1, 1]])
+
+
+def test_the_students_features_are_measured_against_the_teachers(root):
+    sections = {"network": {"width": 2, "levels": 2}, "critic": {"width": 2, "layers": 3}}
+    folder = write(root, "features", {"name": "utad_net", **sections}, evaluate={"networks": ["student", "teacher"]})
+    evaluate_run(folder)
+    found = read(folder / "evaluation" / "fused_features.json")
+    opened = open_run(folder, tasks=("synthesis",))
+    completer, squares, absolutes = opened.completer(), [], []
+    subjects = opened.source.subjects("test")
+    with evaluation_mode(opened.method):
+        for subject in subjects:
+            case = completer.slices(opened.source.subject(subject))
+            for m in range(4):
+                available = torch.eye(4, dtype=torch.bool)[[m] * len(case.position)]
+                ours, theirs = (opened.method.fused(case.image, available, case.label, name) for name in ("student", "teacher"))
+                squares.append(float((ours - theirs).square().mean()))
+                absolutes.append(float((ours - theirs).abs().mean()))
+    assert found["mae"] == pytest.approx(np.mean(absolutes), rel=1e-4) and found["mse"] == pytest.approx(np.mean(squares), rel=1e-4)
+    assert found["mae"] > 0 and (found["n"], found["channels"]) == (len(subjects), 8)
+    assert (folder / "evaluation" / "fused_features.png").is_file() and "features of the student" in (folder / "evaluation" / "report.html").read_text()
+
+
+def test_features_equal_to_the_teachers_have_no_error_and_one_network_alone_is_not_measured(root):
+    opened = open_run(root / "runs" / "features", tasks=("synthesis",))
+    opened.method.networks["student"].load_state_dict(opened.method.networks["teacher"].state_dict())
+    opened.method.masks = Masks("region", (0, 1, 2, 4))  # all is tumour: the teacher sees what the student does
+    completer, subjects = opened.completer(), opened.source.subjects("test")[:1]
+    assert fused.measure(completer, ["student", "teacher"], opened.source, subjects).absolute.max() < 1e-6
+    assert fused.measure(completer, ["student"], opened.source, subjects) is None
+    assert fused.measure(completer, ["teacher"], opened.source, subjects) is None
 
 
 def test_several_given_sequences_are_shown_side_by_side_from_the_top_left():

@@ -90,6 +90,12 @@ class Completer:
         self.slices_done[network] = self.slices_done.get(network, 0) + count
         return completed
 
+    def fused(self, network: str, part: Slices, subset: Subset) -> Tensor:
+        """The features (K, N, C, s, s) that `network` fuses on the way to each of the N sequences outside `subset`; see `Method.fused`."""
+        visible, available = self._visible(part, subset)
+        with self._precision():
+            return self.method.fused(visible, available, part.label.to(self.device), network).float()
+
     def volume(self, network: str, sample: Sample, subset: Subset) -> NDArray[np.float32]:
         """A stored case completed from `subset`, on its stored grid: (M, X, Y, Z) in [0, 1], 0 outside the brain.
 
@@ -110,14 +116,22 @@ class Completer:
         return self.intensity.apply(sample.image.astype(np.float32), sample.brain, sample.meta, self.sequences)
 
     def _predict(self, network: str, part: Slices, subset: Subset) -> Tensor:
-        available = torch.tensor([subset], device=self.device)
-        # where, not multiplication: NaN in a hidden pixel must not reach the network
-        visible = torch.where(available[:, :, None, None], part.image.to(self.device), self.intensity.hidden_value)
-        available, precision = available.expand(len(visible), -1), self.inference.precision
-        with self._draws(part, subset), torch.autocast(self.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+        visible, available = self._visible(part, subset)
+        with self._draws(part, subset), self._precision():
             if network in self.method.oracles:
                 return self.method.predict_oracle(visible, available, part.label.to(self.device), network).float()
             return self.method.predict(visible, available, network).float()
+
+    def _visible(self, part: Slices, subset: Subset) -> tuple[Tensor, Tensor]:
+        """What a network is shown, (K, M, S, S), and which of it is there, (K, M)."""
+        available = torch.tensor([subset], device=self.device)
+        # where, not multiplication: NaN in a hidden pixel must not reach the network
+        visible = torch.where(available[:, :, None, None], part.image.to(self.device), self.intensity.hidden_value)
+        return visible, available.expand(len(visible), -1)
+
+    def _precision(self) -> torch.autocast:
+        precision = self.inference.precision
+        return torch.autocast(self.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
     @contextmanager
     def _draws(self, part: Slices, subset: Subset) -> Iterator[None]:

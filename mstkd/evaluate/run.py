@@ -16,7 +16,7 @@ from mstkd.engine import backend
 from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
-from mstkd.evaluate import features, synthesis
+from mstkd.evaluate import features, fused, synthesis
 from mstkd.evaluate.cases import score_subjects, whole_brain_baseline
 from mstkd.evaluate.classification import CONVENTIONS, decide, print_accuracies, summarise_decisions, write_decisions
 from mstkd.evaluate.completion import Completer
@@ -27,7 +27,9 @@ from mstkd.evaluate.report import best_median_worst, case_pictures, draw_class_f
 from mstkd.evaluate.scoring import conventions
 from mstkd.evaluate.source import CaseSource, split_subjects
 from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
-from mstkd.evaluate.synthesis import print_likeness, score_completions, summarise_completions, write_completions
+from mstkd.evaluate.synthesis import (
+    COPY, Completion, decibels, four_digits, print_likeness, score_completions, summarise_completions, write_completions,
+)  # fmt: skip
 from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.run_folder import best_steps
 from mstkd.subsets import Subset, possible_subsets, proper, subset_name
@@ -174,7 +176,9 @@ def _evaluate_completions(job: Evaluation) -> dict[str, dict]:
     if {*oracles} & {*job.networks} and source.label_scheme != run.facts.label_scheme:
         raise UserError(f"data set {source.dataset} has another label scheme than {oracles[0]}, which is given labels, learned from; set evaluate.networks")
     completer = run.completer()
-    rows = score_completions(completer, job.networks, source, job.subjects, job.subsets, rank=job.rank, world=job.world)
+    scored = score_completions(completer, [*job.networks, COPY], source, job.subjects, job.subsets, rank=job.rank, world=job.world)
+    rows, copies = ([row for row in scored if (row.network == COPY) == floor] for floor in (False, True))
+    errors = fused.measure(completer, job.networks, source, job.subjects, job.rank, job.world)
     notes = synthesis.conventions(run.config.data.slices, any(row.score.lpips is not None for row in rows)) | job.notes
     summaries = {}
     for network in job.networks:
@@ -187,8 +191,22 @@ def _evaluate_completions(job: Evaluation) -> dict[str, dict]:
         complete = set(source.complete(job.subjects))
         chosen = best_median_worst([row for row in rows if row.network == job.networks[0] and row.subject in complete], "psnr")
         drawn = draw_completions(folder, summaries, completion_pictures(completer, job.networks[0], source, chosen), source.sequences)
-        job.finish(summaries, job.facts | _pictured(chosen), drawn, "synthesis.html.j2", print_likeness)
+        facts = job.facts | _write_floor(folder, copies, source, job.heading) | _pictured(chosen)
+        if errors:
+            facts |= errors.write(folder)
+            drawn[fused.CAPTION] = folder / fused.PICTURE
+        job.finish(summaries, facts, drawn, "synthesis.html.j2", print_likeness)
     return summaries
+
+
+def _write_floor(folder: Path, copies: Sequence[Completion], source: CaseSource, heading: tuple[str, str, int]) -> dict[str, str]:
+    """copy_per_case.csv and baseline.json: how like the missing sequence a given one is already."""
+    mean = summarise_completions(copies, source.sequences, *heading, False, {})["mean"]
+    write_completions(folder / "copy_per_case.csv", copies)
+    write_json(folder / "baseline.json", {COPY: mean})
+    text = f"PSNR {decibels(mean['psnr'])} dB, SSIM {four_digits(mean['ssim'])} if the first given sequence were taken for the missing one"
+    Console().print(f"baseline: {text}", highlight=False)
+    return {"floor": text}
 
 
 TASKS = {"segmentation": _evaluate_volumes, "classification": _evaluate_classes, "synthesis": _evaluate_completions}

@@ -33,9 +33,11 @@ from mstkd.subsets import Subset, all_subsets, part_of, subset_name
 log = logging.getLogger(__name__)
 
 WINDOW = 11  # pixels per axis of SSIM's
+REACH = WINDOW // 2  # of a window beyond its centre
 IDENTICAL_DB = 100.0  # PSNR of identical images, which has no end
 WHOLE = (slice(None), slice(None))
 COUNTS = ("n", "local_n")
+COPY = "copy"  # in place of a network: the first of the given sequences, taken for the one that is missing
 
 Image = NDArray[np.float32]  # (S, S) in [0, 1]
 Box = tuple[slice, slice]
@@ -73,8 +75,7 @@ class Completion:
 
 def psnr(image: Image, truth: Image) -> float:
     """Peak signal-to-noise ratio in dB of images in [0, 1]: 10 log10(1 / mean squared error); at most IDENTICAL_DB."""
-    error = float(np.mean(np.square(image.astype(np.float64) - truth)))
-    return min(10 * float(np.log10(1 / error)), IDENTICAL_DB) if error else IDENTICAL_DB
+    return _ratio(float(_squared_error(image, truth).mean()))
 
 
 def ssim(image: Image, truth: Image) -> float:
@@ -82,9 +83,29 @@ def ssim(image: Image, truth: Image) -> float:
 
     Gaussian window of 11 x 11, sigma 1.5, K1 0.01, K2 0.03; mean over the windows that lie inside the image.
     """
+    return float(_ssim_map(image, truth)[_inner(WHOLE)].mean())
+
+
+def _squared_error(image: Image, truth: Image) -> NDArray[np.float64]:
+    return np.square(image.astype(np.float64) - truth)
+
+
+def _ratio(error: float) -> float:
+    """PSNR of a mean squared error."""
+    return min(10 * float(np.log10(1 / error)), IDENTICAL_DB) if error else IDENTICAL_DB
+
+
+def _ssim_map(image: Image, truth: Image) -> NDArray[np.float64]:
+    """SSIM of the window round each pixel (S, S); of those nearer than REACH to an edge a part lies outside."""
     # in float32 the rounding of variances shows beside K2 where an image is flat
     image, truth = image.astype(np.float64), truth.astype(np.float64)
-    return float(structural_similarity(image, truth, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False))
+    options = dict(data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    return structural_similarity(image, truth, full=True, **options)[1]
+
+
+def _inner(box: Box) -> Box:
+    """The pixels whose windows lie inside `box`."""
+    return tuple(slice((side.start or 0) + REACH, -REACH if side.stop is None else side.stop - REACH) for side in box)
 
 
 def rectangle(mask: NDArray[np.bool_]) -> Box | None:
@@ -123,20 +144,19 @@ class Truth:
     def likeness(self, completed: Tensor, channel: int, regions: bool, distance: Distance | None) -> Likeness:
         """Of channel `channel` of the completed stack (K, M, S, S); without `regions` over whole slices alone."""
         pairs = list(zip(completed[:, channel].numpy(), self.images[:, channel].numpy(), strict=True))
-        whole = _means(pairs, [WHOLE] * len(pairs))
+        maps = [(_squared_error(*pair), _ssim_map(*pair)) for pair in pairs]  # once, whatever part is looked at
+        whole = _means(maps, [WHOLE] * len(maps))
         if not regions:
-            return Likeness(len(pairs), *whole)
+            return Likeness(len(maps), *whole)
         far = distance and float(np.mean(distance(completed[:, channel], self.images[:, channel])))
         shown = len([box for box in self.local if box is not None])
-        return Likeness(len(pairs), *whole, *_means(pairs, self.brain), shown, *_means(pairs, self.local), far)
+        return Likeness(len(maps), *whole, *_means(maps, self.brain), shown, *_means(maps, self.local), far)
 
 
-def _means(pairs: Sequence[tuple[Image, Image]], boxes: Sequence[Box | None]) -> tuple[float | None, float | None]:
-    """PSNR and SSIM inside each slice's box, averaged over the slices that have one."""
-    found = [(image[box], truth[box]) for (image, truth), box in zip(pairs, boxes, strict=True) if box is not None]
-    if not found:
-        return None, None
-    return float(np.mean([psnr(*pair) for pair in found])), float(np.mean([ssim(*pair) for pair in found]))
+def _means(maps: Sequence[tuple[NDArray, NDArray]], boxes: Sequence[Box | None]) -> tuple[float | None, float | None]:
+    """PSNR and SSIM inside each slice's box, averaged over the slices that have one; `maps`: squared error and SSIM by slice."""
+    found = [(_ratio(float(error[box].mean())), float(likeness[_inner(box)].mean())) for (error, likeness), box in zip(maps, boxes, strict=True) if box]
+    return tuple(np.mean(found, axis=0).tolist()) if found else (None, None)
 
 
 def score_completions(
@@ -145,7 +165,7 @@ def score_completions(
 ) -> list[Completion]:  # fmt: skip
     """Scores of every subject x network x subset x sequence outside it, the same on every rank and for any number of ranks.
 
-    A pattern is left out for a case that lacks one of its sequences. Without `regions` whole slices alone (cheap, for
+    A pattern is left out for a case that lacks one of its sequences. COPY among the networks is the floor to beat. Without `regions` whole slices alone (cheap, for
     validation). Collective with several ranks. `stopping` as in `shared_out`. Raises UserError: an oracle is asked for and a case has no label.
     """
     distance = perceptual_distance(completer.device) if regions else None
@@ -168,11 +188,18 @@ def _score_case(completer, networks, source, key, subsets, regions, distance) ->
             targets = [m for m, (given, here) in enumerate(zip(subset, case.present, strict=True)) if here and not given]
             if not targets:
                 continue
-            completed, given = completer.complete(network, case, subset), subset_name(sequences, subset)
+            given = subset_name(sequences, subset)
+            completed = copied(truth.images, subset) if network == COPY else completer.complete(network, case, subset)
             for m in targets:
                 score = truth.likeness(completed, m, regions, distance)
                 scored.append(Completion(network, key, given, sequences[m], score))
     return scored
+
+
+def copied(images: Tensor, subset: Subset) -> Tensor:
+    """(K, M, S, S): the first sequence of `subset` in place of every one that is not in it."""
+    first = subset.index(True)
+    return images.where(images.new_tensor(subset, dtype=bool)[:, None, None], images[:, first : first + 1])
 
 
 def conventions(slices: SliceConfig, perceptual: bool) -> dict[str, str]:

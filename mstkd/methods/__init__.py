@@ -77,6 +77,8 @@ class Method(ABC):
     sees_all: ClassVar[tuple[str, ...]] = ()  # those of them made for complete input: validation shows them every sequence
     oracles: ClassVar[tuple[str, ...]] = ()  # those of them that are given the test labels, through `predict_oracle`: marked and never ranked
 
+    offers_fused: ClassVar[bool] = False  # True: `fused` gives what the student distils; evaluation measures how near it is to the oracle's
+
     any_order: ClassVar[bool] = False  # True: networks know sequences by name; listed in another order, the same weights give the same output
 
     paper: ClassVar[str] = ""  # what `mstkd methods` says of its source, e.g. "Wang et al., CVPR 2023"
@@ -130,6 +132,13 @@ class Method(ABC):
     def predict_oracle(self, image: Tensor, available: Tensor, label: Tensor, network: str) -> Tensor:
         """As `predict`, for one of `oracles`: it also sees `label` (B, ...) uint8 in the data's label scheme."""
         raise NotImplementedError(f"{type(self).__name__} names no oracles")
+
+    def fused(self, image: Tensor, available: Tensor, label: Tensor, network: str) -> Tensor:
+        """Where a synthesis method `offers_fused`: the features (B, N, C, s, s) from which `network` makes each of the N missing sequences.
+
+        In the same order for the student and the oracle that taught it; image, available and label as in `predict_oracle`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} offers no fused features")
 
     def to_labels(self, logits: Tensor) -> Tensor:
         """Label map (B, X, Y, Z) uint8 in the data's label scheme from logits (B, K, X, Y, Z); classification: classes (B,)."""

@@ -256,6 +256,7 @@ class UTADNet(SliceTranslation):
     Config = UTADNetConfig
     stages = ("teacher", "student")
     oracles = ("teacher",)
+    offers_fused = True
     blocks = (Double, Up, Fusion)
     paper = "Huang et al., arXiv:2403.20168"
     reproduces = "networks, losses and training; paper and code by presets; no table yet"

@@ -37,7 +37,7 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 log = logging.getLogger(__name__)
 
 DIGEST_CHARS = 36  # as many as MLflow's data base holds
-IDENTIFYING_FILES = {"per_case.csv", "report.html", "config.yaml", "record.json"}  # subject keys, paths
+IDENTIFYING_FILES = {"per_case.csv", "copy_per_case.csv", "report.html", "config.yaml", "record.json"}  # subject keys, paths
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page then opens on training runs
 PATH_KEYS = {"runs_dir", "path", "cache_dir", "init_from", "uri"}
 
