@@ -58,7 +58,8 @@ class ScheduleConfig(Section):
 class AugmentConfig(Section):
     """Seeded by (seed, item). Geometry acts on image, brain and label alike; intensity acts on brain voxels."""
 
-    flip_prob: float = Field(0.5, ge=0, le=1)  # per spatial axis
+    flip_prob: float = Field(0.5, ge=0, le=1)  # per axis of `flip_axes`
+    flip_axes: str = Field("xyz", pattern="^x?y?z?$")  # x: left and right alone
     rotate_deg: float = Field(0.0, ge=0, le=180)  # uniform in +-rotate_deg about each axis
     zoom: float = Field(0.0, ge=0, lt=1)  # isotropic, uniform in 1 +- zoom
     intensity_scale: float = Field(0.0, ge=0, lt=1)  # x (1 + U(-s, s)), per sequence
@@ -74,7 +75,9 @@ class ShardSetConfig(Section):
 class SliceConfig(Section):
     """Training on axial slices: which ones, and the size they are brought to."""
 
-    size: int = Field(128, ge=16)  # pixels per axis; the file's slice is padded to a square and resampled
+    size: int = Field(128, ge=16)  # pixels per axis
+    fit: Literal["resample", "pad"] = "resample"
+    """resample: the file's slice is padded to a square, which is resampled. pad: background is added, or cut off, around it; voxels stay as they are."""
     min_brain: float = Field(0.05, ge=0, lt=1)  # share of that square that is brain, at least
     region: Literal["WT", "TC", "ET"] | None = None  # that a training slice must show; None: labels are not looked at
     min_region_pixels: int = Field(10, ge=1)  # of it, after resampling
@@ -83,10 +86,10 @@ class SliceConfig(Section):
 class AvailabilityConfig(Section):
     """What the student may see of an item, drawn anew for each one among the sequences that its subject has."""
 
-    kind: Literal["uniform", "size_first", "rising", "fixed", "natural", "single"] = "uniform"
-    """uniform: every non-empty subset equally likely. size_first: first how many, then which. rising: everything at first; the
-    share of items with a uniform draw grows over `ramp_epochs`. fixed: one of `subsets`. natural: nothing is hidden. single: one
-    sequence per subject, drawn once for the whole run (unpaired training)."""
+    kind: Literal["uniform", "proper", "size_first", "rising", "fixed", "natural", "single"] = "uniform"
+    """uniform: every non-empty subset equally likely. proper: of these every one that leaves something out. size_first: first how
+    many, then which. rising: everything at first; the share of items with a uniform draw grows over `ramp_epochs`. fixed: one of
+    `subsets`. natural: nothing is hidden. single: one sequence per subject, drawn once for the whole run (unpaired training)."""
     subsets: list[str] = []  # of kind fixed, e.g. ["t1", "t1+t2"], or one by its name
     ramp_epochs: float = Field(20.0, gt=0)  # of kind rising
 

@@ -2,8 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
+from engine_ranks import SEQUENCES
 from safetensors.numpy import load_file
 from test_engine import curve
+
+from mstkd.methods import DataFacts, build
 
 MEAN = {"name": "toys.mean_teacher"}
 
@@ -19,12 +23,19 @@ def reference(one_rank, tmp_path_factory):
     return one_rank.run("engine_ranks.py", "train", folder=str(tmp_path_factory.mktemp("reference")), zero=0, method=MEAN)[0]
 
 
-def test_the_average_is_what_the_formula_says(one_rank, tmp_path):
-    """Every step's weights from runs that end there; decay 0.9, less in the first steps."""
-    expected = None
-    for step in range(1, 5):
-        result = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path / str(step)), zero=0, steps=step, method={**MEAN, "batch_norm": True})[0]
-        student, decay = result["weights"]["student"], min(0.9, 1 - 1 / step)
+def first_weights(method: dict) -> dict:
+    torch.manual_seed(0)
+    return {key: value.numpy() for key, value in build(method, DataFacts(SEQUENCES, None, (8, 8, 8))).networks["student"].state_dict().items()}
+
+
+@pytest.mark.parametrize(("ramp", "decays"), [((0, 1), (0, 1 / 2, 2 / 3, 3 / 4)), ((1, 10), (1 / 10, 2 / 11, 3 / 12, 4 / 13)), ((8, 9), (8 / 9, 0.9, 0.9, 0.9))])
+def test_the_average_is_what_the_formula_says(ramp, decays, one_rank, tmp_path):
+    """Every step's weights from runs that end there; decay 0.9, less in the first steps. It begins as the network does."""
+    method = {**MEAN, "batch_norm": True, "ramp": ramp}
+    expected = first_weights(method) if ramp[0] else None
+    for step, decay in enumerate(decays, start=1):
+        result = one_rank.run("engine_ranks.py", "train", folder=str(tmp_path / str(step)), zero=0, steps=step, method=method)[0]
+        student = result["weights"]["student"]
         expected = student if expected is None else {k: decay * expected[k] + (1 - decay) * v for k, v in student.items()}
         buffers = {key for key in student if "running" in key or "tracked" in key}
         close({k: v for k, v in result["weights"]["teacher"].items() if k not in buffers}, {k: v for k, v in expected.items() if k not in buffers}, 1e-6)

@@ -98,6 +98,16 @@ def test_flips_move_image_brain_and_label_together_and_hit_every_axis():
     assert len(seen) == 8
 
 
+@pytest.mark.parametrize(("axes", "axial", "ways"), [("x", False, {(0,), ()}), ("xz", True, {(0,), ()}), ("yz", False, {(), (1,), (2,), (1, 2)}), ("", False, {()})])
+def test_flips_stay_on_the_axes_that_are_named(axes, axial, ways):
+    image, _ = numbered((4, 5, 6))
+    seen = set()
+    for i in range(40):
+        flipped = augment_geometry(sample_of(image), AugmentConfig(flip_axes=axes), rng(i), axial).image[0]
+        seen |= {way for way in ways if np.array_equal(flipped, np.flip(image[0], way))} or {"another"}
+    assert seen == ways
+
+
 def test_rotation_of_180_degrees_is_two_flips():
     image, number = numbered((6, 8, 4))
     config = AugmentConfig(flip_prob=0, rotate_deg=180)

@@ -15,7 +15,7 @@ def augment_geometry(sample: Sample, config: AugmentConfig, draws: np.random.Gen
     `sample` is a z-scored float32 crop, so that the 0 drawn in from outside is the brain's mean. `axial`: it is one
     slice, (M, X, Y, 1), which stays in its plane: it is turned about Z alone.
     """
-    flips = draws.random(3) < config.flip_prob
+    flips = (draws.random(3) < config.flip_prob) & [axis in config.flip_axes for axis in "xyz"]
     angles_deg = draws.uniform(-config.rotate_deg, config.rotate_deg, 3)
     zoom = 1 + draws.uniform(-config.zoom, config.zoom)
     if axial:

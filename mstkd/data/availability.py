@@ -22,7 +22,8 @@ class Availability:
             raise UserError(f"data.availability.subsets: {error}") from None
 
     def draw(self, seed: int, item: Item, present: Subset, shown: Item | None = None) -> Subset:
-        """A non-empty subset of the `present` sequences. Raises UserError if none of the listed ones has a part in them.
+        """A non-empty subset of the `present` sequences. Raises UserError if none of the listed ones has a part in them, or if
+        one is to be left out of a single one.
 
         `shown`: the item whose subject is seen in the place of `item`'s, if that cannot be read.
         """
@@ -35,6 +36,8 @@ class Availability:
             case "single":  # whoever stands in for another subject must not show a second sequence of its own
                 shown = shown or item
                 return _of_size(1, present, rng(seed, shown.source, shown.subject, "single"))
+            case "proper":
+                return _proper(present, draws, item)
             case "size_first":
                 return _of_size(int(draws.integers(1, sum(present) + 1)), present, draws)
             case "rising" if draws.random() >= item.epoch / self.config.ramp_epochs:
@@ -47,12 +50,20 @@ class Availability:
             return set(patterns)
         if self.config.kind == "fixed":
             return {part for pattern in patterns for listed in self._listed if any(part := _both(listed, pattern))}
+        if self.config.kind == "proper":
+            return {part for pattern in patterns for part in _parts(pattern) if part != pattern}
         parts = {part for pattern in patterns for part in _parts(pattern)}
         return {part for part in parts if sum(part) == 1} if self.config.kind == "single" else parts
 
 
 def _uniform(present: Subset, draws: np.random.Generator) -> Subset:
     return _part(present, int(draws.integers(1, 2 ** sum(present))))
+
+
+def _proper(present: Subset, draws: np.random.Generator, item: Item) -> Subset:
+    if sum(present) == 1:
+        raise UserError(f"data.availability: kind proper leaves a sequence out, and subject {item.subject} has one alone; leave it out of the splits")
+    return _part(present, int(draws.integers(1, 2 ** sum(present) - 1)))
 
 
 def _of_size(size: int, present: Subset, draws: np.random.Generator) -> Subset:

@@ -247,7 +247,7 @@ class SliceStages(Stages):
         self.augment_intensities(drawn, fields["brain"][place].numpy(), fields["image"][place].numpy())
 
     def _plane(self, sample: Sample) -> Plane:
-        return Plane.of(sample.meta, self.config.slices.size)
+        return Plane.of(sample.meta, self.config.slices.size, self.config.slices.fit)
 
 
 class ViewStages(Stages):

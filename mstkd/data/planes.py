@@ -1,14 +1,17 @@
-"""Axial slices as 2D networks see them: the file's own plane, padded to a square and brought to one size.
+"""Axial slices as 2D networks see them: the file's own plane as a square of one size.
 
+By default the plane is padded to a square which is resampled. To pad, or to cut, to the size itself leaves every voxel as it is.
 Letters: X Y voxels of a stored volume's plane, S pixels per axis of the square that a network sees.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mstkd.errors import UserError
 from mstkd.shards.spec import SubjectMeta
 
 
@@ -22,12 +25,19 @@ class Plane:
     size: int  # S
 
     @classmethod
-    def of(cls, meta: SubjectMeta, size: int) -> "Plane":
-        """The plane of a subject's slices, for squares of `size` pixels."""
+    def of(cls, meta: SubjectMeta, size: int, fit: Literal["resample", "pad"] = "resample") -> "Plane":
+        """The plane of a subject's slices, for squares of `size` pixels. Raises UserError where `pad` would cut something off the brain's box."""
         lengths, box = meta.ras_shape[:2], meta.crop_box[:2]
-        side = max(lengths)
+        side = max(lengths) if fit == "resample" else size
         start = tuple(low + (side - length) // 2 for (low, _), length in zip(box, lengths, strict=True))
-        return cls(start, tuple(high - low for low, high in box), side, size)
+        plane = cls(start, tuple(high - low for low, high in box), side, size)
+        if fit == "pad" and any(low < 0 or low + length > side for low, length in zip(start, plane.shape, strict=True)):
+            taken = " and ".join(f"{low} to {low + length}" for low, length in zip(start, plane.shape, strict=True))
+            raise UserError(
+                f"data.slices.fit pad: the brain of subject {meta.subject} would lie at voxels {taken} of data.slices.size {size}; "
+                "use a larger size, or fit: resample"
+            )
+        return plane
 
     def bring(self, slices: Tensor, fill: float) -> Tensor:
         """Images (..., X, Y) float32 as (..., S, S): bilinear, with antialiasing where pixels become coarser; around them `fill`."""

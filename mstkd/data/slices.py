@@ -77,7 +77,7 @@ def read_slice(volume: Sample, k: int, plane: Plane) -> Sample:
 def _qualifying(store: ShardStore, subject: str, config: SliceConfig) -> tuple[int, tuple[int, ...]]:
     """How many slices of a subject have brain enough, and those of them that show the region. Raises BadSample."""
     sample = store.subject(subject)
-    plane = _plane(sample, store, config.size)
+    plane = _plane(sample, store, config)
     chosen = np.flatnonzero(np.count_nonzero(sample.brain, axis=(0, 1)) / plane.side**2 >= config.min_brain)
     brain = len(chosen)
     if config.region is not None:
@@ -87,10 +87,10 @@ def _qualifying(store: ShardStore, subject: str, config: SliceConfig) -> tuple[i
     return brain, tuple(chosen.tolist())
 
 
-def _plane(sample: Sample, store: ShardStore, size: int) -> Plane:
+def _plane(sample: Sample, store: ShardStore, config: SliceConfig) -> Plane:
     meta = sample.meta
     try:
-        plane = Plane.of(meta, size)
+        plane = Plane.of(meta, config.size, config.fit)
         fits = plane.shape == sample.brain.shape[:2] and all(stop <= n for (_, stop), n in zip(meta.crop_box, meta.ras_shape, strict=True))
     except (KeyError, ValueError):  # no orientation
         fits = False

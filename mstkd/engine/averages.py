@@ -19,25 +19,29 @@ FILE = "averages.safetensors"  # in the role's folder of a checkpoint, keys <net
 class Averages:
     """The averages that a role declares, plain frozen modules in fp32, whole on every rank.
 
-    `a <- d a + (1 - d) w` per named parameter after each applied update, `d = min(decay, 1 - 1 / (step + 1))`, so
-    that the first ones follow a network which still changes fast; buffers are copied, and averaged over the ranks.
+    `a <- d a + (1 - d) w` per named parameter after the applied update k, counted from 0, `d = min(decay, (a + k) / (b + k))`
+    with the role's `ramp` (a, b), so that the first ones follow a network which still changes fast; buffers are copied, and
+    averaged over the ranks.
     Under ZeRO-3 each update gathers the role's whole weights once: as many bytes as one more forward.
     """
 
     def __init__(self, engine: RoleEngine, networks: dict[str, nn.Module], ranks: Ranks):
         """Begin as copies of the followed networks. Collective."""
-        self.engine, self.ranks, self.decay = engine, ranks, engine.role.decay
+        self.engine, self.ranks = engine, ranks
         self.pairs = {name: (networks[name], networks[followed]) for name, followed in engine.role.averages.items()}
         for name, (average, _) in self.pairs.items():
             freeze(average, name, {engine.name: engine.role})
-        self.update(step=0)
+        self._follow(decay=0.0)
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after the update `step`, counted from 0. Collective under ZeRO-3 and with running statistics."""
+        above, below = self.engine.role.ramp
+        self._follow(min(self.engine.role.decay, (above + step) / (below + step)))
+
+    @torch.no_grad()
+    def _follow(self, decay: float) -> None:
         if not self.pairs:
             return
-        decay = min(self.decay, 1 - 1 / (step + 1))
         with self.engine.whole_weights():
             for average, followed in self.pairs.values():
                 mine, theirs = (dict(network.named_parameters()) for network in (average, followed))

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from mstkd.batch import Progress, StepOutput
 from mstkd.engine import seeding
 from mstkd.engine.averages import Averages
 from mstkd.engine.backend import RoleEngine
 from mstkd.engine.environment import Ranks
+from mstkd.engine.flops import FlopCount
 from mstkd.engine.frozen import frozen
 from mstkd.engine.meter import Meter
 from mstkd.engine.schedule import lr_factor
@@ -74,9 +74,9 @@ class Update:
             yield
             return
         if role not in self._flops:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCount() as count:
                 yield
-            self._flops[role] = counter.get_total_flops()
+            self._flops[role] = count.total
         else:
             yield
         meter.computed(self._flops[role])

@@ -60,7 +60,7 @@ class Completer:
 
         The share is that of the padded square, counted in stored voxels. Raises UserError if there is no such slice.
         """
-        meta, plane = sample.meta, Plane.of(sample.meta, self.config.size)
+        meta, plane = sample.meta, Plane.of(sample.meta, self.config.size, self.config.fit)
         floor = self.config.min_brain if min_brain is None else min_brain
         kept = np.flatnonzero(np.count_nonzero(sample.brain, axis=(0, 1)) >= floor * plane.side**2)
         if not len(kept):

@@ -1,9 +1,10 @@
-"""Wasserstein critics with a gradient penalty (Gulrajani et al., NeurIPS 2017, arXiv:1704.00028). Pure functions; B samples."""
+"""Wasserstein critics with a gradient penalty (Gulrajani et al., NeurIPS 2017, arXiv:1704.00028), and plain ones. Pure functions; B samples."""
 
 from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 1e-12  # below the root of a squared norm: its gradient at 0 is infinite
@@ -32,3 +33,8 @@ def gradient_penalty(scores: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
     (gradient,) = torch.autograd.grad(total, between, create_graph=True)
     norm = (gradient.flatten(1).square().sum(1) + EPSILON).sqrt()
     return (norm - 1).square().mean()
+
+
+def realness_error(logits: Tensor, real: bool) -> Tensor:
+    """Mean cross-entropy of logits (B, ...) against "all are real", or "none is" (Goodfellow et al., NeurIPS 2014)."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))

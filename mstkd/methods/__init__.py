@@ -54,6 +54,7 @@ class Role:
     borrows: tuple[str, ...] = ()  # networks of other roles, used as plain frozen modules
     averages: dict[str, str] = field(default_factory=dict)  # moving averages (mean teachers): network name -> which of `networks` it follows
     decay: float = 0.999  # of the averages, per update
+    ramp: tuple[int, int] = (0, 1)  # (a, b): after update k, counted from 0, their decay is at most (a + k) / (b + k)
     every: int = 1
     double_backward: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

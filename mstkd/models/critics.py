@@ -3,6 +3,7 @@
 Source: Huang et al., arXiv:2403.20168, and its released code; there the first LeakyReLU's slope of 0.001 is a slip, here all have 0.01.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -22,9 +23,7 @@ class Critic(nn.Module):
         """`size` S, pixels per axis, is a multiple of 2^layers."""
         super().__init__()
         channels = [1, *(width * 2**layer for layer in range(layers))]
-        self.body = nn.Sequential()
-        for inputs, outputs in zip(channels[:-1], channels[1:], strict=True):
-            self.body.extend([nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)])
+        self.body = strided(channels)
         self.realness = nn.Conv2d(channels[-1], 1, 3, padding=1, bias=False)
         self.sequence = nn.Conv2d(channels[-1], sequences, size // 2**layers, bias=False)
         initialise(self)
@@ -33,6 +32,29 @@ class Critic(nn.Module):
         """Of slices (B, 1, S, S)."""
         features = self.body(image)
         return Verdict(self.realness(features), self.sequence(features).flatten(1))
+
+
+class PatchCritic(nn.Module):
+    """The same without the second head, and of any number of channels: whether patches of a pair are real (Isola et al., CVPR 2017)."""
+
+    def __init__(self, inputs: int, width: int = 64, layers: int = 4):
+        super().__init__()
+        channels = [inputs, *(width * 2**layer for layer in range(layers))]
+        self.body = strided(channels)
+        self.realness = nn.Conv2d(channels[-1], 1, 3, padding=1)
+        initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 1, s, s) of patches of images (B, inputs, S, S); s = S / 2^layers."""
+        return self.realness(self.body(images))
+
+
+def strided(channels: list[int]) -> nn.Sequential:
+    """Convolutions from each number of channels to the next, each halving the pixels per axis."""
+    body = nn.Sequential()
+    for inputs, outputs in pairwise(channels):
+        body.extend([nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)])
+    return body
 
 
 def initialise(network: nn.Module) -> None:

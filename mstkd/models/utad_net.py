@@ -85,15 +85,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the deepest map back to a slice through an encoder's skips."""
+    """From the deepest map back to slices through an encoder's skips."""
 
-    def __init__(self, width: int, levels: int):
+    def __init__(self, width: int, levels: int, outputs: int = 1):
         super().__init__()
         self.levels = nn.ModuleList(Up(width * 2**level) for level in reversed(range(levels)))
-        self.out = nn.Conv2d(width, 1, 1)
+        self.out = nn.Conv2d(width, outputs, 1)
 
     def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """(B, 1, S, S) float32 in [-1, 1]."""
+        """(B, outputs, S, S) float32 in [-1, 1]."""
         for level, skip in zip(self.levels, reversed(skips), strict=True):
             x = level(x, skip)
         return torch.tanh(self.out(x).float())

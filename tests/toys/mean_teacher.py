@@ -28,6 +28,7 @@ class Step(RoleStep):
 class MeanTeacher(CoTrained):
     class Config(Section):
         nan_at: list[int] = []
+        ramp: tuple[int, int] = (0, 1)
         batch_norm: bool = False  # its running statistics, and so the teacher's outputs, depend on the rank count
 
     def __init__(self, config, facts):
@@ -37,7 +38,8 @@ class MeanTeacher(CoTrained):
             net[1] = nn.GroupNorm(2, 8)
 
     def roles(self, stage):
-        return {"networks": Role(Step(self), ("student",), averages={"teacher": "student"}, decay=0.9, optimizer=OptimizerConfig(lr=1e-2))}
+        averages = {"averages": {"teacher": "student"}, "decay": 0.9, "ramp": self.config.ramp}
+        return {"networks": Role(Step(self), ("student",), optimizer=OptimizerConfig(lr=1e-2), **averages)}
 
 
 METHOD = MeanTeacher
