@@ -16,7 +16,7 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where results go. Default: compare-... beside the first run.")] = None,
     published: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Print a paper's table beside ours, e.g. mst_kdnet_brats2024; may be repeated.")
+        list[str] | None, typer.Option(metavar="NAME", help="Print a paper's table beside ours, e.g. mst_kdnet_brats2024 or utad_brats2020; may be repeated.")
     ] = None,
     shards: Annotated[Path | None, typer.Option(metavar="DIR", help="The test cases' shard set, if it is not where the runs found it.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.", min=0)] = 0,
