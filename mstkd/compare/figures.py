@@ -92,5 +92,7 @@ def _difference(comparison: Comparison, arm: str, pattern: str, measure: Measure
 
 
 def _limit(comparison: Comparison, unit: Unit, measures: Sequence[Measure]) -> float:
+    """The largest difference of what is ranked: that of an oracle or a floor would leave the others pale."""
     keys = {measure.key for measure in measures}
-    return max([unit.colours_end, *(abs(unit.shown(cell.difference.value)) for cell in comparison.cells.values() if cell.difference and cell.measure in keys)])
+    ranked = [cell for cell in comparison.cells.values() if cell.measure in keys and cell.difference and not comparison.arms[cell.arm].mark]
+    return max([unit.colours_end, *(abs(unit.shown(cell.difference.value)) for cell in ranked)])

@@ -174,7 +174,7 @@ def _facts(arms: Sequence[Arm], base: Arm, fixed: str | None, axes: Axes, unchec
     if oracles := [arm.label for arm in arms if arm.mark == ORACLE]:
         facts["oracle"] = f"{', '.join(oracles)} used the test cases' labels: neither tested nor ranked"
     if floors := [arm.label for arm in arms if arm.mark == FLOOR]:
-        facts["floor"] = f"{', '.join(floors)}: the first given sequence taken for the wanted one, by nobody trained: neither tested nor ranked"
+        facts["floor"] = f"{', '.join(floors)}: the first given sequence, unchanged, in place of the wanted one: neither tested nor ranked"
     return facts
 
 

@@ -70,14 +70,14 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 def _print_published(published: PublishedTable, comparison: Comparison, console: Console) -> None:
     console.print(f"{published.name}, as printed: conventions differ", markup=False, highlight=False)
-    titles = {measure.key: measure.title for measure in comparison.measures}
+    titles = {measure.key: measure.title for measure in comparison.task.measures(published.measures)}
     columns = comparison.task.printed
     table = _table(comparison.task, *(column.removesuffix(" %") for column in columns))
     for method, rows in published.rows.items():
         table.add_section()
         for key, row in rows.items():
             parts = row.printed_mean.text.split(" / ")
-            table.add_row(method if key == next(iter(rows)) else "", titles.get(key, key), *parts, *[""] * (len(columns) - len(parts)))
+            table.add_row(method if key == next(iter(rows)) else "", titles[key], *parts, *[""] * (len(columns) - len(parts)))
     console.print(table)
 
 
@@ -89,7 +89,7 @@ def _p(test: PairedTest) -> str:
 def _table(task: Task, *columns: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("arm", overflow="fold")
-    table.add_column(task.measure)
+    table.add_column(task.measure, no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
