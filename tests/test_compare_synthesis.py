@@ -133,7 +133,8 @@ def test_an_oracle_stands_beside_its_student_and_is_not_tested(shards, tmp_path)
     assert {test.arm for test in found.tests} == {"utad_net", "utad_net mask=zeros"}
     assert {cell.p for cell in found.cells.values() if cell.arm == "utad_net teacher"} == {None}
     assert found.facts["oracle"].startswith("utad_net teacher, utad_net mask=zeros teacher used the test cases' labels")
-    refused(r"--baseline utad_net teacher: is not ranked \(oracle\), and nothing is tested against it", runs, baseline="utad_net teacher")
+    for option in ("baseline", "primary"):
+        refused(rf"--{option} utad_net teacher: is not ranked \(oracle\), so no test takes it in", runs, **{option: "utad_net teacher"})
     refused("arm ours teacher: a reference of the runs given is called so", {"ours": runs[1:3], "ours teacher": runs[:1]})
 
 

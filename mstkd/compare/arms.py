@@ -97,8 +97,8 @@ def common_axes(runs: Sequence[EvaluatedRun], patient: Mapping[str, str]) -> Axe
     """Patterns in their usual order, measures as the first run has them, those that every run has."""
     task, found = runs[0].task, {pattern for run in runs for pattern in run.scores}
     usual = task.patterns(runs[0].data["sequences"])
-    shared = [key for key in runs[0].measured if all(key in run.measured for run in runs)]
-    return Axes(patient, (*(name for name in usual if name in found), *sorted(found - {*usual})), task.measures(shared))
+    shared = set.intersection(*({*run.measured} for run in runs))
+    return Axes(patient, (*(name for name in usual if name in found), *sorted(found - {*usual})), task.measures([key for key in runs[0].keys if key in shared]))
 
 
 def with_references(groups: Mapping[str, Sequence[EvaluatedRun]]) -> dict[str, list[EvaluatedRun]]:

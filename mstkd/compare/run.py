@@ -46,17 +46,12 @@ def compare(
     """
     groups = _read(runs)
     everything = [run for arm_runs in groups.values() for run in arm_runs]
-    tables = [read_published(name) for name in published]
     patient, unchecked = read_patients(everything, Path(shards) if shards else None)
     axes = common_axes(everything, patient)
-    for table in tables:
-        _check_published(table, axes)
+    tables = [_published(name, axes) for name in published]
     arms = build_arms(with_references(groups), axes)
-    base = _base(arms, baseline)
+    base, fixed = _question(arms, baseline, primary)
     arms.sort(key=lambda arm: arm is not base)  # the baseline on top, the others as given
-    fixed = choose(arms, str(primary), "--primary").label if primary is not None else None
-    if fixed == base.label:
-        raise UserError(f"--primary {primary}: that is the baseline; name another arm")
     replicates = Replicates(len(axes.patients), seed)
     comparison = Comparison(
         task=everything[0].task,
@@ -75,20 +70,29 @@ def compare(
     return comparison
 
 
-def _base(arms: Sequence[Arm], wanted: Path | str | None) -> Arm:
-    """The arm that others are compared with: one that is ranked, if there is one. Raises UserError."""
-    if wanted is None:
-        return next((arm for arm in arms if not arm.mark), arms[0])
-    base = choose(arms, str(wanted), "--baseline")
-    if base.mark:
-        raise UserError(f"--baseline {wanted}: is not ranked ({base.mark}), and nothing is tested against it; name another arm")
-    return base
+def _question(arms: Sequence[Arm], baseline: Path | str | None, primary: Path | str | None) -> tuple[Arm, str | None]:
+    """The arm that others are compared with, and the label of the one whose tests were fixed before looking. Raises UserError."""
+    base = next((arm for arm in arms if not arm.mark), arms[0]) if baseline is None else _ranked(arms, baseline, "--baseline")
+    if primary is None:
+        return base, None
+    fixed = _ranked(arms, primary, "--primary")
+    if fixed is base:
+        raise UserError(f"--primary {primary}: that is the baseline; name another arm")
+    return base, fixed.label
 
 
-def _check_published(table: PublishedTable, axes: Axes) -> None:
-    ours = [measure.key for measure in axes.measures]
+def _ranked(arms: Sequence[Arm], wanted: Path | str, option: str) -> Arm:
+    arm = choose(arms, str(wanted), option)
+    if arm.mark:
+        raise UserError(f"{option} {wanted}: is not ranked ({arm.mark}), so no test takes it in; name another arm")
+    return arm
+
+
+def _published(name: str, axes: Axes) -> PublishedTable:
+    table, ours = read_published(name), [measure.key for measure in axes.measures]
     if not {*ours} & {*table.measures}:
-        raise UserError(f"--published {table.name}: it has {', '.join(table.measures)} and these runs {', '.join(ours)}; choose another table")
+        raise UserError(f"--published {name}: it has {', '.join(table.measures)} and these runs {', '.join(ours)}; choose another table")
+    return table
 
 
 def _conventions(runs: Sequence[EvaluatedRun], axes: Axes) -> dict[str, str]:
