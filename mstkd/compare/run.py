@@ -167,7 +167,7 @@ def _facts(arms: Sequence[Arm], base: Arm, fixed: str | None, axes: Axes, unchec
     if single := [arm.label for arm in arms if len(arm.seeds) == 1]:
         facts["seeds"] = f"1 seed: seed spread unknown, and not in the intervals, for {', '.join(single)}"
     patterns = f"{run.task.pattern}s"
-    for arm in others:
+    for arm in (arm for arm in arms if arm is not base):
         if (common := both(arm, base)) != base.patterns or common != arm.patterns:
             names = [name for name, has in zip(axes.patterns, common, strict=True) if has]
             facts[f"{patterns}, {arm.label}"] = f"differences of means are over the {len(names)} {patterns} that both have: {', '.join(names) or 'none'}"
