@@ -74,14 +74,14 @@ def test_figures_are_those_of_the_patients(shards, tmp_path):
     for region in REGIONS:
         values = [[np.mean([table[s, u, region] for u in SUBSETS]) for s in PATIENTS] for table in tables]  # run x patient
         kd, teacher = np.mean(values[:2], axis=0), np.mean(values[2:], axis=0)
-        cell, (test,) = found.mean("mean_teacher", region), [t for t in found.tests if t.region == region]
-        assert cell.dice.value == pytest.approx(teacher.mean()) and cell.difference.value == pytest.approx((teacher - kd).mean())
-        assert cell.difference.low < cell.difference.value < cell.difference.high and cell.dice.low < cell.dice.value < cell.dice.high
-        assert cell.hd95_mm == pytest.approx(10 * (1 - teacher.mean())) and (cell.patients, cell.seeds) == (8, 2)
+        cell, (test,) = found.mean("mean_teacher", region), [t for t in found.tests if t.measure == region]
+        assert cell.score.value == pytest.approx(teacher.mean()) and cell.difference.value == pytest.approx((teacher - kd).mean())
+        assert cell.difference.low < cell.difference.value < cell.difference.high and cell.score.low < cell.score.value < cell.score.high
+        assert cell.beside == pytest.approx(10 * (1 - teacher.mean())) and (cell.patients, cell.seeds) == (8, 2)
         assert test.p == pytest.approx(stats.wilcoxon(teacher - kd, zero_method="zsplit").pvalue)
         assert test.seed_sd == pytest.approx(np.std([np.mean(v) for v in values[2:]], ddof=1))
         assert test.baseline_seed_sd == pytest.approx(np.std([np.mean(v) for v in values[:2]], ddof=1))
-        assert (test.primary, test.patients, test.subsets) == (True, 8, 15)
+        assert (test.primary, test.patients, test.patterns) == (True, 8, 15)
         assert found.mean("kd", region).difference is None
         paired = [np.mean([t[s, "t1+t2", region] for t in tables[2:]]) - np.mean([t[s, "t1+t2", region] for t in tables[:2]]) for s in PATIENTS]
         single = found.cells["mean_teacher", "t1+t2", region]
@@ -105,7 +105,7 @@ def test_a_patient_with_two_scans_counts_once(tmp_path):
     runs = [write_run(shards, "a", flat(0.3)), write_run(shards, "b", lambda s, u, r: 0.9 if s == "again0" else 0.5, method={"name": "mst_kdnet"})]
     found = compare(runs, tmp_path / "out")
     cell = found.mean("mst_kdnet", "WT")
-    assert cell.patients == 8 and cell.dice.value == pytest.approx((7 * 0.5 + (0.5 + 0.9) / 2) / 8)
+    assert cell.patients == 8 and cell.score.value == pytest.approx((7 * 0.5 + (0.5 + 0.9) / 2) / 8)
     assert "8 patients, 9 scans" in found.facts["test set"]
 
 
@@ -166,9 +166,9 @@ def test_one_run_per_subset_is_one_arm(shards, tmp_path):
     ]  # fmt: skip
     found = compare([write_run(shards, "kd", flat(0.5)), *own], tmp_path / "out")
     arm = found.arms["dedicated"]
-    assert arm.seeds == (0, 1) and arm.subsets == tuple(SUBSETS[:11]) and len(arm.runs) == 23  # one seed lacks the twelfth
+    assert arm.seeds == (0, 1) and arm.patterns == tuple(SUBSETS[:11]) and len(arm.runs) == 23  # one seed lacks the twelfth
     assert ("dedicated", SUBSETS[11], "WT") not in found.cells and found.cells["kd", SUBSETS[11], "WT"].patients == 8
-    assert found.tests[0].subsets == 11 and found.mean("dedicated", "WT").difference.value == pytest.approx(0.1)
+    assert found.tests[0].patterns == 11 and found.mean("dedicated", "WT").difference.value == pytest.approx(0.1)
     assert found.facts["subsets, dedicated"].startswith("differences of means are over the 11 subsets that both have: flair, t1,")
 
 
@@ -238,7 +238,7 @@ def test_files_that_disagree_are_refused(shards):
     path.write_text("\n".join(text.splitlines()[:40]))
     refused("disagree on", [run, run])
     path.write_text(text.replace("dice,", "accuracy,", 1))
-    refused("no Dice; only segmentation runs can be compared", [run, run])
+    refused("neither dice nor psnr; only runs of segmentation and synthesis can be compared", [run, run])
     path.write_text(text.splitlines()[0])
     refused("no cases; run `mstkd evaluate", [run, run])
 
@@ -284,7 +284,7 @@ def test_tables_hold_every_figure(written):
     assert len(rows) == 3 * (16 + 16 + 10) == len(written.cells)
     for row in rows:
         cell = written.cells[row["arm"], row["subset"], row["region"]]
-        assert float(row["dice"]) == cell.dice.value and int(row["n_patients"]) == 8 and int(row["seeds"]) == cell.seeds
+        assert float(row["dice"]) == cell.score.value and int(row["n_patients"]) == 8 and int(row["seeds"]) == cell.seeds
         assert (row["difference"] == "") == (row["arm"] == "kd") and (row["p_exploratory"] == "") == (row["arm"] == "kd" or row["subset"] == "mean")
     tests = list(csv.DictReader((written.out / "primary.csv").open()))
     assert [(t["arm"], t["region"], t["family"]) for t in tests] == [(a, r, "primary") for a in ("mean_teacher", "mst_kdnet") for r in REGIONS]
@@ -300,7 +300,7 @@ def test_the_report_is_whole_and_says_what_it_means(written):
                   "<b>exploratory</b>", "1 seed: unknown", "conventions differ", "Published, conventions differ: MST-KDNet, results on BraTS 2024"):  # fmt: skip
         assert words in html, words
     assert html.count("<b>hd95_empty</b>") == 2 + 3 + 3 + 3  # under each table of scores: means, tests, regions, two published tables
-    assert f"{100 * written.mean('mean_teacher', 'ET').dice.value:.1f}" in html
+    assert f"{100 * written.mean('mean_teacher', 'ET').score.value:.1f}" in html
     assert "68.6 / 4.5" in html and "65.0 / 59.4" in html and "(its cells: 59.69 / 7.23)" in html and "77.45" in html
 
 
@@ -323,9 +323,9 @@ def test_the_terminal_shows_means_differences_and_p(written):
     stream = io.StringIO()
     print_comparison(written, Console(file=stream, width=80))
     text = stream.getvalue()
-    test = next(test for test in written.tests if test.arm == "mean_teacher" and test.region == "TC")
+    test = next(test for test in written.tests if test.arm == "mean_teacher" and test.measure == "TC")
     line = next(line for line in text.splitlines() if f"{100 * test.difference.value:+.1f} [" in line and " TC " in line)
-    assert f"{100 * written.mean('mean_teacher', 'TC').dice.value:.1f}" in line
+    assert f"{100 * written.mean('mean_teacher', 'TC').score.value:.1f}" in line
     assert "mst_kdnet_brats2024, as printed: conventions differ" in text and "81.8" in text and max(map(len, text.splitlines())) <= 80
 
 
@@ -363,8 +363,8 @@ def test_really_evaluated_runs_can_be_compared(tmp_path):
     found = compare([real, other], tmp_path / "out")
     for label, summary in zip(("toys.linear", "toys.co_trained"), summaries):
         for region in REGIONS:
-            assert found.mean(label, region).dice.value == pytest.approx(summary["mean"][region]["dice"])
-            assert found.cells[label, "t1+t2", region].hd95_mm == pytest.approx(summary["subsets"]["t1+t2"][region]["hd95_mm"])
+            assert found.mean(label, region).score.value == pytest.approx(summary["mean"][region]["dice"])
+            assert found.cells[label, "t1+t2", region].beside == pytest.approx(summary["subsets"]["t1+t2"][region]["hd95_mm"])
         assert found.arms[label].costs.scored_parameters > 0
     assert "overlap" not in found.facts and "fewer than 6" in found.tests[0].says
 
@@ -401,6 +401,6 @@ def test_a_tracked_comparison_lies_beside_its_first_run(shards, tmp_path):
     trained = client.get_run(yaml.safe_load((runs[0] / "mlflow.json").read_text())["run_id"])
     kept = client.search_runs([trained.info.experiment_id], "tags.baseline = 'kd'")
     assert [run.info.run_name for run in kept] == ["out"] and kept[0].info.status == "FINISHED" and trained.info.status == "FINISHED"
-    assert kept[0].data.metrics["dice/ET/mean_teacher"] == pytest.approx(found.mean("mean_teacher", "ET").dice.value)
+    assert kept[0].data.metrics["dice/ET/mean_teacher"] == pytest.approx(found.mean("mean_teacher", "ET").score.value)
     names = {item.path for item in client.list_artifacts(kept[0].info.run_id, "compare")}
     assert names == {f"compare/{path.name}" for path in (tmp_path / "out").iterdir()}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mstkd.compare.measures import COMPLETION
 from mstkd.compare.published import ROUNDING, published_tables, read_published
 from mstkd.compare.statistics import Replicates, holm, interval, mean_known, seed_spread, signed_rank
 from mstkd.errors import UserError
@@ -115,24 +116,32 @@ def test_printed_means_are_those_of_the_cells_or_say_what_is(name):
     table = read_published(name)
     assert table.rows and table.title and table.source and table.conventions
     for method, regions in table.rows.items():
-        assert list(regions) == ["WT", "TC", "ET"]
+        assert list(regions) == table.measures and set(table.measures) <= {"WT", "TC", "ET"} | {measure.key for measure in COMPLETION}
         for region, row in regions.items():
             if not table.has_cells:
                 assert row.cells == {} and row.recomputed_mean is None
                 continue
             assert len(row.cells) == 15
             mean = row.cell_mean
-            agrees = abs(mean.dice_percent - row.printed_mean.dice_percent) <= ROUNDING and abs(mean.hd95 - row.printed_mean.hd95) <= ROUNDING
+            agrees = abs(mean.score - row.printed_mean.score) <= ROUNDING and abs(mean.hd95 - row.printed_mean.hd95) <= ROUNDING
             assert agrees == (row.recomputed_mean is None), (method, region)
             if not agrees:
-                assert (row.recomputed_mean.dice_percent, row.recomputed_mean.hd95) == pytest.approx((mean.dice_percent, mean.hd95), abs=0.006)
+                assert (row.recomputed_mean.score, row.recomputed_mean.hd95) == pytest.approx((mean.score, mean.hd95), abs=0.006)
 
 
 def test_published_cells_are_keyed_by_sequences():
     row = read_published("mst_kdnet_brats2024").rows["MST-KDNet"]["ET"]
-    assert row.cells[frozenset({"t1ce"})].dice_percent == 68.6 and row.cells[frozenset({"t1ce"})].hd95 == 4.5
-    assert row.cells[frozenset({"flair", "t1", "t1ce", "t2"})].dice_percent == 73.9
-    assert read_published("shaspec_brats2018").rows["ShaSpec"]["TC"].printed_mean.dice_percent == 77.45
+    assert row.cells[frozenset({"t1ce"})].score == 68.6 and row.cells[frozenset({"t1ce"})].hd95 == 4.5
+    assert row.cells[frozenset({"flair", "t1", "t1ce", "t2"})].score == 73.9
+    assert read_published("shaspec_brats2018").rows["ShaSpec"]["TC"].printed_mean.score == 77.45
+
+
+def test_a_published_figure_is_shown_as_it_is_printed():
+    table = read_published("utad_brats2020")
+    assert len(table.rows) == 13 and table.measures == ["ssim", "psnr", "local_ssim", "local_psnr", "lpips"]
+    student = {key: row.printed_mean for key, row in table.rows["Student WT"].items()}
+    assert student["ssim"].score == 0.8742 and student["psnr"].text == "31.48±1.26" and student["lpips"].text == "0.0664±0.0230"
+    assert [method for method in table.rows if "oracle" in method] == [f"Teacher {region} (oracle)" for region in ("WT", "TC", "ET")]
 
 
 def test_an_unknown_table_is_named_with_the_nearest():

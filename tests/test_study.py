@@ -1,5 +1,6 @@
 """`mstkd study`: its recipe, its cohort, and a whole one interrupted and gone on with."""
 
+import csv
 import json
 import os
 import re
@@ -30,6 +31,7 @@ MSTKD = Path(sys.executable).parent / "mstkd"
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
 TESTS = Path(__file__).parent
 PACKAGED = sorted(path.stem for path in recipe_folder().glob("study_*.yaml"))
+QUESTIONS = {"study_phantom": ("mst_kdnet", "student_only"), "study_utad_phantom": ("utad_net", "stargan")}
 DEADLINE_S = 600
 
 
@@ -56,7 +58,18 @@ def test_every_arm_of_a_packaged_study_is_a_recipe_with_the_same_budget(name):
     assert len({len(arm.tune) for arm in study.arms.values()}) == 1
     for arm in study.arms:
         assert RunConfig.model_validate(run_config(study, arm, "shards", "run", 1)).seed == 1
-    assert study.cohort.test >= 48 and len(study.seeds) >= 3 and (study.method, study.baseline) == ("mst_kdnet", "student_only")
+    assert study.cohort.test >= 24 and len(study.seeds) >= 3 and (study.method, study.baseline) == QUESTIONS[name]
+
+
+def test_arms_of_translation_share_all_but_what_they_are_for_and_take_equally_many_steps():
+    study, resolved = load_study("study_utad_phantom"), {}
+    for arm in study.arms:
+        config = resolved[arm] = RunConfig.model_validate(run_config(study, arm, "shards", "run", 1))
+        method = build(config.method, DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], None, slice_size=config.data.slices.size))
+        assert len(method.stages) * config.train.steps == 400 and method.task == "synthesis"
+        assert [name for name in method.scored if name in method.oracles] == ["teacher"] * arm.startswith("utad_net")
+    assert [resolved[arm].method.get("mask") for arm in study.arms] == [None, None, "zeros", "random", None]
+    assert len({str((config.data, config.train.roles, config.method["critic"], config.method["n_critic"])) for config in resolved.values()}) == 1
 
 
 def test_the_arm_of_equal_flops_has_as_many_as_teacher_and_student_together():
@@ -117,7 +130,8 @@ def test_controlled_arms_see_the_same_intensities_and_share_the_students_first_w
 
 @pytest.mark.parametrize(("method", "message"), [
     ({"name": "toys.two_stage", "wieght": 2}, "arm light: recipe: unknown key method.wieght; did you mean 'weight'?"),
-    ({"name": "shaspec_classify"}, "arm light: shaspec_classify is for classification; a study compares segmentations"),
+    ({"name": "shaspec_classify"}, "arm light: its method is for classification; a study compares methods for segmentation or synthesis"),
+    ({"name": "toys.copying"}, "arm heavy: its method is for segmentation and that of light for synthesis; the arms of a study share one task"),
 ])  # fmt: skip
 def test_a_method_that_cannot_be_compared_is_refused_before_anything_is_made(tmp_path, method, message):
     arms = {"light": {"recipe": {"method": method}}, "heavy": {"recipe": {"method": {"name": "toys.two_stage"}}}}
@@ -199,3 +213,26 @@ def test_a_failed_run_is_named_and_the_others_have_their_turn(tmp_path):
     assert code == 1
     assert "study toys: 1 of 2 runs failed: heavy-seed7; see " in said.splitlines()[-1] and "then give the same command again" in said
     assert (tmp_path / "runs" / "toys" / "runs" / "light-seed7" / "evaluation" / "summary.json").is_file()
+
+
+def test_a_study_of_synthesis_goes_from_cohort_to_comparison(tmp_path):
+    method = {"name": "toys.copying", "given": ["t1", "flair"]}
+    tune = [{"train": {"roles": {"both": {"optimizer": {"name": "adam", "lr": lr}}}}} for lr in (1e-4, 1e-2)]
+    arms = {"plain": {"recipe": {"method": method}, "tune": tune}, "noisy": {"recipe": {"method": {**method, "noise": 0.2}}, "tune": tune}}
+    common = {
+        "data": {"slices": {"size": 32}, "workers": 0}, "train": {"global_batch": 2, "steps": 2, "precision": "fp32"},
+        "validate": {"subsets": ["t1"], "max_cases": 1},
+    }  # fmt: skip
+    recipe, folder = write(tmp_path, arms=arms, common=common, method="plain", baseline="noisy"), tmp_path / "runs" / "toys"
+    code, said = ended(start(recipe))
+    assert code == 0, said
+    tuning = json.loads((folder / "tuning.json").read_text())
+    for arm, found in tuning.items():
+        assert len(found["scores"]) == 2 and all(-1 < score < 1 for score in found["scores"]), (arm, found)  # SSIM
+        assert found["scores"][found["chosen"]] == max(found["scores"])
+    rows = list(csv.DictReader((folder / "comparison" / "compare.csv").open()))
+    assert {"plain", "noisy", "plain teacher", "noisy teacher"} <= {row["arm"] for row in rows}
+    assert {row["measure"] for row in rows} == {"psnr", "ssim", "local_psnr", "local_ssim"} and {row["pattern"] for row in rows} >= {"t1->t2", "flair->t2"}
+    tests = list(csv.DictReader((folder / "comparison" / "primary.csv").open()))
+    assert [test["family"] for test in tests] == ["primary", "primary", "exploratory", "exploratory"] and {test["arm"] for test in tests} == {"plain"}
+    assert not any("Dice" in path.read_text() for path in (folder / "comparison").glob("*.csv")) and "Dice" not in said

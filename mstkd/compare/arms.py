@@ -1,4 +1,7 @@
-"""An arm: the runs of one recipe that differ only in seed, and for a method trained per subset also in that subset."""
+"""An arm: the runs of one recipe that differ only in seed, and for a method trained per subset also in that subset.
+
+Beside the arms stand references, which are not ranked: oracles, and the copy of a given sequence.
+"""
 
 import json
 import re
@@ -12,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mstkd.compare.runs import EvaluatedRun
+from mstkd.compare.measures import Measure
+from mstkd.compare.runs import FLOOR, EvaluatedRun
 from mstkd.compare.statistics import mean_known
 from mstkd.config import resolved
 from mstkd.errors import UserError
 from mstkd.run_folder import FREE, leaves
-from mstkd.subsets import all_subsets, subset_name
 
 OWN_SUBSET = "method.subset"  # of a method with one run per subset
 # What does not make another arm: the seed, names, and what may change within one run. Another way of predicting does.
@@ -28,15 +31,15 @@ LABEL_KEYS = 2  # more differing keys than that: the run's own name is the short
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that are compared as one method. Scores (S seeds, P patients, U subsets, R regions), NaN where there is none."""
+    """Runs that are compared as one method. Scores (S seeds, P patients, U patterns, R measures), NaN where there is none."""
 
     label: str
     runs: tuple[EvaluatedRun, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # empty of what was not trained
     settings: dict[str, Any]  # where the arms differ
-    subsets: tuple[bool, ...]  # per subset of the comparison: whether every seed has it
-    dice: NDArray[np.float64]  # 0..1
-    hd95_mm: NDArray[np.float64]
+    patterns: tuple[bool, ...]  # per pattern of the comparison: whether every seed has it
+    scores: NDArray[np.float64]
+    beside: NDArray[np.float64]  # shown and not compared: HD95 in mm
 
     @property
     def notes(self) -> list[str]:
@@ -44,8 +47,9 @@ class Arm:
         return list(dict.fromkeys(f"{key}: {text}" for run in self.runs for key, text in run.notes.items()))
 
     @property
-    def oracle(self) -> bool:
-        return any(run.oracle for run in self.runs)
+    def mark(self) -> str:
+        """Why it is not ranked; empty if it is."""
+        return next((run.mark for run in self.runs if run.mark), "")
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class Axes:
     """What the arms' arrays are laid out by."""
 
     patient: Mapping[str, str]  # subject -> patient
-    subsets: tuple[str, ...]
-    regions: tuple[str, ...]
+    patterns: tuple[str, ...]
+    measures: tuple[Measure, ...]
 
     @property
     def patients(self) -> list[str]:
@@ -83,35 +87,54 @@ def check_arms(arms: Mapping[str, Sequence[EvaluatedRun]]) -> None:
             for key in sorted({*first} | {*settings}):
                 if first.get(key) != settings.get(key):
                     raise UserError(f"arm {label}: {run.folder} and {runs[0].folder} differ in {key}; an arm's runs differ only in seed")
-            for subset in run.scores:
-                other = taken.setdefault((run.config.seed, subset), run)
+            for pattern in run.scores:
+                other = taken.setdefault((run.config.seed, pattern), run)
                 if other is not run:
                     raise UserError(f"{run.folder} and {other.folder} have the same settings and seed {run.config.seed}; give one of them")
 
 
 def common_axes(runs: Sequence[EvaluatedRun], patient: Mapping[str, str]) -> Axes:
-    """Subsets in the data set's usual order, regions as scored."""
-    sequences = runs[0].data["sequences"]
-    found = {subset for run in runs for subset in run.scores}
-    usual = [subset_name(sequences, subset) for subset in all_subsets(sequences)]
-    return Axes(patient, (*(name for name in usual if name in found), *sorted(found - {*usual})), tuple(runs[0].regions))
+    """Patterns in their usual order, measures as the first run has them, those that every run has."""
+    task, found = runs[0].task, {pattern for run in runs for pattern in run.scores}
+    usual = task.patterns(runs[0].data["sequences"])
+    shared = set.intersection(*({*run.measured} for run in runs))
+    return Axes(patient, (*(name for name in usual if name in found), *sorted(found - {*usual})), task.measures([key for key in runs[0].keys if key in shared]))
+
+
+def with_references(groups: Mapping[str, Sequence[EvaluatedRun]]) -> dict[str, list[EvaluatedRun]]:
+    """The arms, each with its oracles behind it, and at the end the copy of a given sequence, which is the same for all of them.
+
+    Raises UserError where an arm is called like a reference.
+    """
+    arms: dict[str, list[EvaluatedRun]] = {}
+    copies: dict[str, list[EvaluatedRun]] = {}
+    for label, runs in groups.items():
+        oracles: dict[str, list[EvaluatedRun]] = {}
+        for one in (one for run in runs for one in run.references):
+            place, name = (copies, one.network) if one.mark == FLOOR else (oracles, f"{label} {one.network}")
+            place.setdefault(name, []).append(one)
+        arms |= {label: list(runs), **oracles}
+        if taken := [name for name in (*oracles, *copies) if name in groups]:
+            raise UserError(f"arm {taken[0]}: a reference of the runs given is called so; call the arm by another name")
+    return arms | copies
 
 
 def build_arms(groups: Mapping[str, Sequence[EvaluatedRun]], axes: Axes) -> list[Arm]:
-    """The arms with their scores, scans of a patient averaged. A subset that some seed lacks is left out of its arm."""
+    """The arms with their scores, scans of a patient averaged. A pattern that some seed lacks is left out of its arm."""
     settings = {label: _settings(runs[0]) for label, runs in groups.items()}
     differing = _differing(list(settings.values()))
     arms = []
     for label, runs in groups.items():
+        trained = runs[0].mark != FLOOR
         by_seed = defaultdict(list)
         for run in runs:
-            by_seed[run.config.seed].append(run)
+            by_seed[run.config.seed if trained else None].append(run)
         seeds = tuple(sorted(by_seed))
-        dice, hd95_mm = (np.stack([_patient_means(by_seed[seed], axes, figure) for seed in seeds]) for figure in ("dice", "hd95_mm"))
-        has = np.isfinite(dice).any(axis=(1, 3)).all(axis=0)
-        dice[:, :, ~has], hd95_mm[:, :, ~has] = np.nan, np.nan
-        own = {key: settings[label].get(key) for key in differing}
-        arms.append(Arm(label, tuple(runs), seeds, own, tuple(has.tolist()), dice, hd95_mm))
+        scores, beside = (np.stack([_patient_means(by_seed[seed], axes, figure) for seed in seeds]) for figure in ("value", "beside"))
+        has = np.isfinite(scores).any(axis=(1, 3)).all(axis=0)
+        scores[:, :, ~has], beside[:, :, ~has] = np.nan, np.nan
+        own = {key: settings[label].get(key) for key in differing if trained}
+        arms.append(Arm(label, tuple(runs), seeds if trained else (), own, tuple(has.tolist()), scores, beside))
     return arms
 
 
@@ -127,15 +150,15 @@ def choose(arms: Sequence[Arm], wanted: str | None, option: str) -> Arm:
 
 
 def _patient_means(runs: Sequence[EvaluatedRun], axes: Axes, figure: str) -> NDArray[np.float64]:
-    """(P, U, R): means over the scans of a patient."""
+    """(P, U, R) of `figure` of the scores: means over the scans of a patient."""
     patients, scans = axes.patients, sorted(axes.patient)
-    values = np.full((len(scans), len(axes.subsets), len(axes.regions)), np.nan)
+    values = np.full((len(scans), len(axes.patterns), len(axes.measures)), np.nan)
     row = {subject: number for number, subject in enumerate(scans)}
     for run in runs:
-        for subset, cases in run.scores.items():
-            column = axes.subsets.index(subset)
-            for subject, regions in cases.items():
-                values[row[subject], column] = [getattr(regions[region], figure) for region in axes.regions]
+        for pattern, cases in run.scores.items():
+            column = axes.patterns.index(pattern)
+            for subject, measures in cases.items():
+                values[row[subject], column] = [getattr(measures[measure.key], figure) for measure in axes.measures]
     owner = np.array([axes.patient[subject] for subject in scans])
     return np.stack([mean_known(values[owner == patient], axis=0) for patient in patients])
 

@@ -27,7 +27,9 @@ class Costs:
 
 
 def costs(arm: Arm) -> Costs:
-    """The costs of an arm; parameters as in its first run."""
+    """The costs of an arm; parameters as in its first run. What was not trained has none."""
+    if not arm.seeds:
+        return Costs(None, None, None, (), None, ())
     counts = parameter_counts(arm.runs[0].folder)
     hours = [training_hours(run.folder) for run in arm.runs]
     timed = [cost for run in arm.runs if (cost := prediction_cost(run.folder, run.network))]

@@ -14,19 +14,25 @@ ROUNDING = 0.1  # a mean of cells printed to 0.1 and a mean printed to 0.1 may d
 
 @dataclass(frozen=True)
 class Figures:
-    """One printed cell: Dice in per cent, HD95 as the paper counts it (NaN: not printed)."""
+    """One printed cell: a score (Dice in per cent), HD95 as the paper counts it (NaN: not printed)."""
 
-    dice_percent: float
+    score: float
     hd95: float = nan
+    text: str = ""  # as printed
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A method's figures in one region."""
+    """A method's figures in one region or measure."""
 
     cells: dict[frozenset[str], Figures]  # by the sequences given; empty: the paper was not legible, or prints averages only
     printed_mean: Figures
     recomputed_mean: Figures | None  # of the printed cells, where it is not what is printed
+
+    def printed(self, subset: str) -> str:
+        """The cell of a subset, by its name; empty where there is none."""
+        cell = self.cells.get(frozenset(subset.split("+")))
+        return cell.text if cell else ""
 
     @property
     def cell_mean(self) -> Figures | None:
@@ -34,7 +40,7 @@ class PublishedRow:
         if not self.cells:
             return None
         count = len(self.cells)
-        return Figures(sum(c.dice_percent for c in self.cells.values()) / count, sum(c.hd95 for c in self.cells.values()) / count)
+        return Figures(sum(c.score for c in self.cells.values()) / count, sum(c.hd95 for c in self.cells.values()) / count)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,12 @@ class PublishedTable:
     data: str
     conventions: str
     note: str
-    rows: dict[str, dict[str, PublishedRow]]  # method -> region
+    rows: dict[str, dict[str, PublishedRow]]  # method -> region or measure
+
+    @property
+    def measures(self) -> list[str]:
+        """Keys of the regions or measures that it has figures of."""
+        return list(dict.fromkeys(key for measures in self.rows.values() for key in measures))
 
     @property
     def has_cells(self) -> bool:
@@ -77,5 +88,6 @@ def _row(row: dict, subsets: list[frozenset[str]]) -> PublishedRow:
     )
 
 
-def _figures(text: str | float) -> Figures:
-    return Figures(*(float(number) for number in str(text).split("/")))
+def _figures(printed: str | float) -> Figures:
+    """Of "68.6/4.5" (Dice and HD95) or "0.8477±0.0005"; what follows ± is shown and not used."""
+    return Figures(*(float(part.partition("±")[0]) for part in str(printed).split("/")), text=str(printed).replace("/", " / "))

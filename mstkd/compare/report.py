@@ -13,13 +13,10 @@ from mstkd.compare.result import MEAN, Comparison
 def write_report(path: Path, comparison: Comparison, drawn: dict[str, Path]) -> None:
     """One self-contained HTML file without subjects, patients or paths."""
     environment = Environment(loader=PackageLoader("mstkd.compare", "."), autoescape=True, undefined=StrictUndefined)
-    shown = ("percent", "points", "signed", "span", "signed_span", "p_text", "printed", "family")
-    environment.filters |= {name: getattr(tables, name) for name in shown}
+    environment.filters |= {"p_text": tables.p_text, "family": tables.family}
     environment.filters["count"] = lambda value: "" if value is None else f"{value:,}"
-    environment.filters["number"] = lambda value: "" if value is None or value != value else f"{value:.1f}"
-    environment.filters["sequences"] = lambda subset: frozenset(subset.split("+"))
     images = {caption: base64.b64encode(file.read_bytes()).decode() for caption, file in drawn.items()}
-    html = environment.get_template("compare.html.j2").render(c=comparison, images=images, rows=[*comparison.subsets, MEAN], MEAN=MEAN)
+    html = environment.get_template("compare.html.j2").render(c=comparison, images=images, rows=[*comparison.patterns, MEAN], MEAN=MEAN)
     partial = path.with_suffix(".tmp")
     partial.write_text(html)
     os.replace(partial, path)

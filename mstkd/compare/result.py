@@ -1,54 +1,47 @@
-"""What a comparison found. Fractions are 0..1, distances mm; nothing here names a subject or a patient."""
+"""What a comparison found. Fractions are 0..1, distances mm, PSNR dB; nothing here names a subject or a patient."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mstkd.compare.costs import Costs
+from mstkd.compare.measures import Estimate, Measure
 from mstkd.compare.published import PublishedTable
+from mstkd.compare.tasks import Task
 
-MEAN = "mean"  # over the subsets: in place of a subset's name
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean or a difference with its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
+MEAN = "mean"  # over the patterns: in place of a pattern's name
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm on a subset (or their mean) in a region."""
+    """An arm on a pattern (or their mean) by a measure, which is named by its key."""
 
     arm: str
-    subset: str
-    region: str
+    pattern: str
+    measure: str
     patients: int
-    seeds: int
-    dice: Estimate
+    seeds: int  # 0 of what was not trained
+    score: Estimate
     difference: Estimate | None  # to the baseline; None for itself, and where one of both has nothing
-    p: float | None  # of a subset: exploratory, unadjusted; of the mean see `PairedTest`
-    hd95_mm: float
+    p: float | None  # of a pattern: exploratory, unadjusted; of the mean see `PairedTest`
+    beside: float  # shown and not compared: HD95 in mm beside Dice; NaN if there is none
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """An arm against the baseline in a region: mean over the subsets that both have, patient by patient."""
+    """An arm against the baseline by a measure: mean over the patterns that both have, patient by patient."""
 
     arm: str
     baseline: str
-    region: str
+    measure: str
     primary: bool  # one of the family that was fixed before looking
     patients: int
-    subsets: int
+    patterns: int
     difference: Estimate
     seed_sd: float | None  # of the arm's mean; None with one seed
     baseline_seed_sd: float | None
     p: float | None
-    p_holm: float | None  # over the regions of this arm
+    p_holm: float | None  # over the primary measures of this arm; None for the others
     says: str  # how p was found, or why it is not given
 
 
@@ -57,28 +50,29 @@ class ArmSummary:
     label: str
     runs: tuple[str, ...]
     seeds: tuple[int, ...]
-    subsets: tuple[str, ...]
+    patterns: tuple[str, ...]
     settings: dict[str, Any]  # where the arms differ
-    seed_sd: dict[str, float] | None  # per region, of the mean over its subsets; None with one seed
+    seed_sd: dict[str, float] | None  # per measure, of the mean over its patterns; None with one seed
     costs: Costs
     notes: tuple[str, ...]
-    oracle: bool
+    mark: str  # why it is not ranked; empty if it is
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The whole of it; `cells` hold every arm x (subset or "mean") x region."""
+    """The whole of it; `cells` hold every arm x (pattern or "mean") x measure."""
 
     out: Path
+    task: Task
     baseline: str
     arms: dict[str, ArmSummary]
-    subsets: tuple[str, ...]
-    regions: tuple[str, ...]
-    cells: dict[tuple[str, str, str], Cell]  # by (arm, subset, region)
+    patterns: tuple[str, ...]
+    measures: tuple[Measure, ...]
+    cells: dict[tuple[str, str, str], Cell]  # by (arm, pattern, measure)
     tests: tuple[PairedTest, ...]
     facts: dict[str, str]  # for the head of the report
     conventions: dict[str, str]
     published: tuple[PublishedTable, ...]
 
-    def mean(self, arm: str, region: str) -> Cell:
-        return self.cells[arm, MEAN, region]
+    def mean(self, arm: str, measure: str) -> Cell:
+        return self.cells[arm, MEAN, measure]

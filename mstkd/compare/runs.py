@@ -1,42 +1,41 @@
-"""Evaluated runs as they lie on disk, and whether they may be compared: same cases, same conventions."""
+"""Evaluated runs as they lie on disk, and whether they may be compared: same task, same cases, same conventions."""
 
 import csv
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mstkd.compare.tasks import TASKS, CaseScore, Task
 from mstkd.config import RunConfig
 from mstkd.errors import UserError
 from mstkd.run_folder import best_steps, read_record, read_run_config
 
-NOTES = ("overlap", "never trained", "postprocess")  # entries of summary["conventions"] that speak of the run, not of how figures are made
+NOTES = ("overlap", "never trained", "postprocess", "oracle")  # entries of summary["conventions"] that speak of the run, not of how figures are made
+ORACLE, FLOOR = "oracle", "floor"  # used the test cases' labels; learned nothing
+COPY = "copy_per_case.csv"  # scores of the first given sequence, taken for the wanted one
+COPIES_AGREE = 1e-3  # in dB and in SSIM; on another device an image is resampled a little differently
 
-
-@dataclass(frozen=True)
-class CaseScore:
-    """What per_case.csv says of one case, subset and region; NaN where it was not measured."""
-
-    dice: float
-    hd95_mm: float
-    truth_voxels: int
+Scores = dict[str, dict[str, dict[str, CaseScore]]]  # pattern -> subject -> measure's key
 
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """A run folder with its evaluation on the test split of its own data."""
+    """A run folder with its evaluation on the test split of its own data, by one network."""
 
     folder: Path
     config: RunConfig
     data: dict[str, Any]  # the record's data facts: names, sequences, digest
-    network: str  # the one that the run is for
-    scores: dict[str, dict[str, dict[str, CaseScore]]]  # subset -> subject -> region
+    task: Task
+    network: str
+    scores: Scores
     conventions: dict[str, str]
     notes: dict[str, str]
-    oracle: bool  # it used the test cases' labels
+    mark: str = ""  # why it is not ranked: ORACLE or FLOOR
+    references: tuple["EvaluatedRun", ...] = ()  # what the evaluation scored beside the network that the run is for
 
     @property
     def name(self) -> str:
@@ -47,12 +46,18 @@ class EvaluatedRun:
         return sorted({subject for cases in self.scores.values() for subject in cases})
 
     @property
-    def regions(self) -> list[str]:
+    def keys(self) -> list[str]:
         return list(next(iter(next(iter(self.scores.values())).values())))
+
+    @property
+    def measured(self) -> list[str]:
+        """Those of its keys that some case has a figure of."""
+        cases = [case for cases in self.scores.values() for case in cases.values()]
+        return [key for key in self.keys if any(np.isfinite(case[key].value) for case in cases)]
 
 
 def read_run(folder: Path) -> EvaluatedRun:
-    """The evaluation in `folder`/evaluation. Raises UserError: no run, not evaluated, not a segmentation, files that disagree."""
+    """The evaluation in `folder`/evaluation. Raises UserError: no run, not evaluated, another task, files that disagree."""
     folder = Path(folder)
     config, data = read_run_config(folder), read_record(folder)["data"]
     rows_path, summary_path = (folder / "evaluation" / name for name in ("per_case.csv", "summary.json"))
@@ -60,16 +65,22 @@ def read_run(folder: Path) -> EvaluatedRun:
         raise UserError(f"{folder}: not evaluated on its test split yet; run `mstkd evaluate {folder}` first")
     if not evaluated_since(folder):
         raise UserError(f"{folder}: was trained on after its evaluation; run `mstkd evaluate {folder}` again")
-    summary = json.loads(summary_path.read_text())
-    network, scores = _read_scores(rows_path, folder)
-    _check_agreement(folder, scores, summary)
-    texts = summary["conventions"]
-    return EvaluatedRun(
-        folder, config, data, network, scores,
-        {key: text for key, text in texts.items() if key not in NOTES},
-        {key: text for key, text in texts.items() if key in NOTES},
-        bool(summary.get("oracle")),
-    )  # fmt: skip
+    rows = _read_rows(rows_path, folder)
+    task = _task(rows_path, rows)
+    first, *others = list(dict.fromkeys(row["network"] for row in rows))
+
+    def scored(network: str, summary: dict[str, Any]) -> EvaluatedRun:
+        scores = _scores(task, [row for row in rows if row["network"] == network], rows_path, folder)
+        _check_agreement(folder, task, scores, summary)
+        texts, mark = summary["conventions"], ORACLE if summary.get("oracle") else ""
+        ours, notes = ({key: text for key, text in texts.items() if (key in NOTES) == noted} for noted in (False, True))
+        return EvaluatedRun(folder, config, data, task, network, scores, ours, notes, mark)
+
+    run = scored(first, json.loads(summary_path.read_text()))
+    summaries = {network: folder / "evaluation" / f"summary_{network}.json" for network in others}
+    read = {network: json.loads(path.read_text()) for network, path in summaries.items() if path.is_file()}
+    oracles = [scored(network, summary) for network, summary in read.items() if summary.get("oracle")]
+    return replace(run, references=(*oracles, *_copies(run)))
 
 
 def evaluated_since(folder: Path) -> bool:
@@ -81,27 +92,32 @@ def evaluated_since(folder: Path) -> bool:
 def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
     """Raise UserError naming the first case, label or convention in which two runs' evaluations differ."""
     first = runs[0]
-    scored: dict[str, EvaluatedRun] = {}  # subset -> the first run that has it
-    truth: dict[tuple[str, str], tuple[int, EvaluatedRun]] = {}
     for run in runs:
+        if run.task is not first.task:
+            raise UserError(f"{run.folder} is a run of {run.task.name} and {first.folder} of {first.task.name}; compare runs of one task")
         _check_conventions(first, run)
-        for subset, cases in run.scores.items():
-            _check_cases(scored.setdefault(subset, run), run, subset)
-            for subject, regions in cases.items():
-                for region, score in regions.items():
-                    voxels, other = truth.setdefault((subject, region), (score.truth_voxels, run))
-                    if voxels != score.truth_voxels:
+    scored: dict[str, EvaluatedRun] = {}  # pattern -> the first run that has it
+    truth: dict[tuple[str, str], tuple[int, EvaluatedRun]] = {}
+    for run in (one for run in runs for one in (run, *run.references)):
+        for pattern, cases in run.scores.items():
+            _check_cases(scored.setdefault(pattern, run), run, pattern)
+            for subject, measures in cases.items():
+                for key, score in measures.items():
+                    size, other = truth.setdefault((subject, key), (score.truth, run))
+                    if size != score.truth:
                         raise UserError(
-                            f"{run.folder} and {other.folder} have other test sets: the truth of case {subject}, {region}, has "
-                            f"{score.truth_voxels} and {voxels} voxels; compare runs that were evaluated on the same data"
+                            f"{run.folder} and {other.folder} have other test sets: the truth of case {subject}, {key}, has "
+                            f"{score.truth} and {size} {run.task.truth}; compare runs that were evaluated on the same data"
                         )
+    _check_copies(runs)
 
 
 def _check_conventions(first: EvaluatedRun, run: EvaluatedRun) -> None:
     added = [(run.config.evaluate.assd, run.config.evaluate.lesion_wise) for run in (first, run)]
     if added[0] != added[1]:
         return _check_texts(first, run, {*first.conventions} & {*run.conventions})  # only adds figures that are not compared
-    return _check_texts(first, run, {*first.conventions} | {*run.conventions})
+    unshared = {*first.measured} ^ {*run.measured}  # not compared either
+    return _check_texts(first, run, ({*first.conventions} | {*run.conventions}) - unshared)
 
 
 def _check_texts(first: EvaluatedRun, run: EvaluatedRun, keys: set[str]) -> None:
@@ -114,44 +130,76 @@ def _check_texts(first: EvaluatedRun, run: EvaluatedRun, keys: set[str]) -> None
             )
 
 
-def _check_cases(first: EvaluatedRun, run: EvaluatedRun, subset: str) -> None:
-    ours, theirs = first.scores[subset], run.scores[subset]
+def _check_cases(first: EvaluatedRun, run: EvaluatedRun, pattern: str) -> None:
+    ours, theirs = first.scores[pattern], run.scores[pattern]
     for subject in sorted(ours.keys() ^ theirs.keys()):
         has, lacks = (first, run) if subject in ours else (run, first)
         raise UserError(
-            f"{run.folder} and {first.folder} have other test sets: case {subject} ({subset}) is in {has.folder} and not in {lacks.folder}; "
+            f"{run.folder} and {first.folder} have other test sets: case {subject} ({pattern}) is in {has.folder} and not in {lacks.folder}; "
             "compare runs that were evaluated on the same data"
         )
-    if run.regions != first.regions:
-        ours, theirs = ", ".join(first.regions), ", ".join(run.regions)
+    if run.keys != first.keys:
+        ours, theirs = ", ".join(first.keys), ", ".join(run.keys)
         raise UserError(f"{run.folder} has regions {theirs} and {first.folder} {ours}; compare runs on one label scheme")
 
 
-def _read_scores(path: Path, folder: Path) -> tuple[str, dict[str, dict[str, dict[str, CaseScore]]]]:
-    """(network, scores) of the network whose rows come first: the one in summary.json."""
+def _check_copies(runs: Sequence[EvaluatedRun]) -> None:
+    """The copy of a sequence depends on the images alone: where it scores otherwise, the runs were measured against others."""
+    found: dict[tuple[str, str, str], tuple[float, EvaluatedRun]] = {}
+    for run in (one for run in runs for one in run.references if one.mark == FLOOR):
+        for pattern, cases in run.scores.items():
+            for subject, measures in cases.items():
+                for key, score in measures.items():
+                    value, other = found.setdefault((pattern, subject, key), (score.value, run))
+                    if abs(value - score.value) > COPIES_AGREE:
+                        raise UserError(
+                            f"{run.folder} and {other.folder} were measured against other images: copying the source, {pattern}, scores {key} {score.value:.4f} in "
+                            f"the first and {value:.4f} in the second on case {subject}; compare methods of one `intensity` on the same slices"
+                        )
+
+
+def _read_rows(path: Path, folder: Path) -> list[dict[str, str]]:
     with path.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     if not rows:
         raise UserError(f"{path}: no cases; run `mstkd evaluate {folder}` again")
-    if "dice" not in rows[0]:
-        raise UserError(f"{path}: no Dice; only segmentation runs can be compared")
-    network, scores = rows[0]["network"], {}
+    return rows
+
+
+def _task(path: Path, rows: Sequence[Mapping[str, str]]) -> Task:
+    for task in TASKS:
+        if task.evidence in rows[0]:
+            return task
+    wanted, names = " nor ".join(task.evidence for task in TASKS), " and ".join(task.name for task in TASKS)
+    raise UserError(f"{path}: neither {wanted}; only runs of {names} can be compared")
+
+
+def _scores(task: Task, rows: Sequence[Mapping[str, str]], path: Path, folder: Path) -> Scores:
+    scores: Scores = {}
     try:
         for row in rows:
-            if row["network"] == network:
-                score = CaseScore(float(row["dice"]), float(row["hd95_mm"] or "nan"), int(row["truth_voxels"]))
-                scores.setdefault(row["subset"], {}).setdefault(row["subject"], {})[row["region"]] = score
+            for pattern, key, score in task.scores(row):
+                scores.setdefault(pattern, {}).setdefault(row["subject"], {})[key] = score
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); run `mstkd evaluate {folder}` again") from None
-    return network, scores
+    return scores
 
 
-def _check_agreement(folder: Path, scores: dict[str, dict[str, dict[str, CaseScore]]], summary: dict[str, Any]) -> None:
+def _check_agreement(folder: Path, task: Task, scores: Scores, summary: dict[str, Any]) -> None:
     """An evaluation that was cut short, or a file put in by hand, must not pass."""
-    for subset, regions in summary["subsets"].items():
-        for region, cell in regions.items():
-            cases = [case[region].dice for case in scores.get(subset, {}).values() if region in case]
-            if len(cases) != cell["n"] or not np.isclose(np.mean(cases), cell["dice"], rtol=0, atol=1e-9):
-                raise UserError(
-                    f"{folder}/evaluation: per_case.csv and summary.json disagree on {subset}, {region}; run `mstkd evaluate {folder}` again"
-                )
+    for pattern, key, mean, count in task.means(summary):
+        cases = [case[key].value for case in scores.get(pattern, {}).values() if key in case and np.isfinite(case[key].value)]
+        if len(cases) != count or (count and not np.isclose(np.mean(cases), mean, rtol=0, atol=1e-9)):
+            raise UserError(f"{folder}/evaluation: per_case.csv and summary.json disagree on {pattern}, {key}; run `mstkd evaluate {folder}` again")
+
+
+def _copies(run: EvaluatedRun) -> list[EvaluatedRun]:
+    """The copy of a given sequence, if the evaluation scored it; it must be on the run's own cases."""
+    path = run.folder / "evaluation" / COPY
+    if not path.is_file():
+        return []
+    scores = _scores(run.task, _read_rows(path, run.folder), path, run.folder)
+    cases, ours = ({(pattern, subject) for pattern, found in one.items() for subject in found} for one in (scores, run.scores))
+    if cases != ours:
+        raise UserError(f"{path}: holds other cases than per_case.csv; run `mstkd evaluate {run.folder}` again")
+    return [replace(run, network="copy", scores=scores, notes={}, mark=FLOOR)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mstkd.compare.run import compare
+from mstkd.compare.tasks import TASKS
 from mstkd.errors import TrainingError, UserError
 from mstkd.methods import load, read_config
 from mstkd.study.cohort import prepare_cohort
@@ -21,8 +22,7 @@ def run_study(study: StudyConfig, say: Say) -> Path:
 
     Raises UserError on a recipe that does not fit what was begun, TrainingError once every run had its turn and some failed.
     """
-    for arm in study.arms:
-        _check_method(study, arm)
+    _check_methods(study)
     with alone(study.folder) as lock:
         shards = str(prepare_cohort(study.cohort, study.folder / "cohort", study.jobs)) if study.cohort else ""
         chosen = tune(study, shards, lock, say)
@@ -61,8 +61,19 @@ def tune(study: StudyConfig, shards: str, lock: IO, say: Say) -> dict[str, dict[
     return {arm: declared.tune[scores[arm]["chosen"]] if declared.tune else {} for arm, declared in study.arms.items()}
 
 
-def _check_method(study: StudyConfig, arm: str) -> None:
-    """Raise UserError where an arm's method cannot be compared, or is not what its section says."""
+def _check_methods(study: StudyConfig) -> None:
+    """Raise UserError where the arms' methods cannot be compared."""
+    tasks = {arm: _checked_task(study, arm) for arm in study.arms}
+    known = [task.name for task in TASKS]
+    for arm, task in tasks.items():
+        if task not in known:
+            raise UserError(f"arm {arm}: its method is for {task}; a study compares methods for {' or '.join(known)}")
+        if task != tasks[study.baseline]:
+            raise UserError(f"arm {arm}: its method is for {task} and that of {study.baseline} for {tasks[study.baseline]}; the arms of a study share one task")
+
+
+def _checked_task(study: StudyConfig, arm: str) -> str:
+    """The task of an arm's method. Raises UserError if the method is not what its section says."""
     for candidate in study.arms[arm].tune or [{}]:
         values = run_config(study, arm, "check", "checked", 0, candidate)
         try:
@@ -70,10 +81,9 @@ def _check_method(study: StudyConfig, arm: str) -> None:
         except UserError as error:
             raise UserError(f"arm {arm}: {error}") from None
         method = load(values["method"]["name"])
-        if method.task != "segmentation":
-            raise UserError(f"arm {arm}: {values['method']['name']} is for {method.task}; a study compares segmentations")
         if values.get("stages") and method.stages[-1] not in values["stages"]:
             raise UserError(f"arm {arm}: stages: the last one, {method.stages[-1]}, is left out; remove the key")
+    return method.task
 
 
 def _short(study: StudyConfig) -> dict[str, Any]:

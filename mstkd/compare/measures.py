@@ -1,0 +1,77 @@
+"""What is compared: measures with their units, as figures are stored, read and shown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isnan
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean or a difference with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How stored figures are shown. Every text of something unknown (None, NaN) is empty."""
+
+    heading: str
+    change: str = ""  # what differences are counted in
+    digits: int = 1
+    factor: float = 1.0  # what is shown is so many times what is stored
+    colours_end: float = 1.0  # of a map of differences, at least, as shown: noise should not look strong
+    larger_is_better: bool = True
+
+    def shown(self, value: float) -> float:
+        return self.factor * value
+
+    def text(self, value: float | None) -> str:
+        return "" if value is None or isnan(value) else f"{self.shown(value):.{self.digits}f}"
+
+    def signed(self, value: float) -> str:
+        return f"{self.shown(value):+.{self.digits}f}"
+
+    def span(self, estimate: Estimate) -> str:
+        return f"[{self.text(estimate.low)}, {self.text(estimate.high)}]"
+
+    def signed_span(self, estimate: Estimate) -> str:
+        return f"[{self.signed(estimate.low)}, {self.signed(estimate.high)}]"
+
+    def difference(self, estimate: Estimate | None) -> str:
+        """A difference with its interval."""
+        return "" if estimate is None else f"{self.signed(estimate.value)} {self.signed_span(estimate)}"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of a comparison."""
+
+    key: str  # in files
+    title: str  # in reports
+    unit: Unit
+    beside: Unit | None = None  # of the figure that is shown beside it and not compared
+    primary: bool = True  # its mean is of the family of tests that is fixed before looking
+    local: bool = False  # round the tumour, on the slices that show it
+
+
+DICE = Unit("Dice %", "Dice, percentage points", factor=100)
+HD95 = Unit("HD95 mm")
+PSNR = Unit("PSNR dB", "PSNR, dB", digits=2, colours_end=0.1)
+SSIM = Unit("SSIM", "SSIM", digits=4, colours_end=0.005)
+LPIPS = Unit("LPIPS", "LPIPS", digits=4, colours_end=0.005, larger_is_better=False)
+
+COMPLETION = (  # of a completed sequence
+    Measure("psnr", "PSNR", PSNR),
+    Measure("ssim", "SSIM", SSIM),
+    Measure("local_psnr", "local PSNR", PSNR, primary=False, local=True),
+    Measure("local_ssim", "local SSIM", SSIM, primary=False, local=True),
+    Measure("lpips", "LPIPS", LPIPS, primary=False),
+)
+
+
+def overlap_in(regions: Sequence[str]) -> tuple[Measure, ...]:
+    """Dice of each region, HD95 beside it."""
+    return tuple(Measure(region, region, DICE, HD95) for region in regions)
