@@ -46,6 +46,7 @@ class Given:
     def __init__(self, run: TrainedRun, wanted: str | None = None, seed: int = 0):
         """`wanted`: a subset by name, "drawn", or None for as many as the method takes. Raises UserError on an unknown sequence."""
         self._sequences, self._allowed, self._seed = run.facts.sequences, run.method.subsets, seed
+        self.replaces = wanted is not None  # a shard set then keeps nothing but what is given
         self._draws = Availability(AvailabilityConfig(kind="single"), self._sequences) if wanted == DRAWN else None
         try:
             self._wanted = None if wanted in (None, DRAWN) else parse_subset(wanted, self._sequences)
@@ -141,8 +142,8 @@ class Completed:
 def complete_shards(run: TrainedRun, source: Path, out: Path, given: Given, splits: Path | None = None) -> ShardIndex:
     """Write the set `source`, completed, as the set `out`, which appears complete or not at all.
 
-    What is given keeps its bytes; a synthetic sequence is z-scored over the brain like a measured one. Labels, splits and geometry
-    stay. Raises UserError: `out` exists, other sequences than the run's, a case that cannot be shown to the network.
+    Measured sequences keep their bytes, with a choice of what is given (`Given.replaces`) only those; a synthetic one is z-scored over
+    the brain like a measured one. Labels, splits and geometry stay. Raises UserError: `out` exists, other sequences than the run's, a case that cannot be shown to the network.
     """
     store, completer = ShardStore(source), run.completer()
     if store.index.sequences != run.facts.sequences:
@@ -167,12 +168,14 @@ def complete_shards(run: TrainedRun, source: Path, out: Path, given: Given, spli
 
 def _complete(completer: Completer, network: str, store: ShardStore, key: str, given: Given) -> Completed:
     sample, sequences = store.subject(key), store.index.sequences
-    subset = given(key, tuple(name in store.subjects[key].measured for name in sequences))
-    volumes = completer.volume(network, sample, subset)
+    measured = tuple(name in store.subjects[key].measured for name in sequences)
+    subset = given(key, measured)
+    kept = subset if given.replaces else measured
+    volumes = None if all(kept) else completer.volume(network, sample, subset)
     image, stats = np.zeros_like(sample.image), {}
     inside = sample.brain > 0
     for channel, name in enumerate(sequences):
-        if subset[channel]:
+        if kept[channel]:
             image[channel], stats[name] = sample.image[channel], sample.meta.stats[name]
             continue
         voxels = np.ascontiguousarray(volumes[channel][inside], dtype=np.float32)
@@ -180,7 +183,7 @@ def _complete(completer: Completer, network: str, store: ShardStore, key: str, g
         if stats[name].std == 0:
             raise UserError(f"{key}: the network made a constant {name}; train the run further")
         image[channel][inside] = ((voxels - stats[name].mean) / stats[name].std).astype(np.float16)
-    made = tuple(name for name, there in zip(sequences, subset, strict=True) if not there)
+    made = tuple(name for name, there in zip(sequences, kept, strict=True) if not there)
     meta = sample.meta.model_copy(update={"sequences": sequences, "stats": stats, "synthetic": made, "constant": ()})
     scheme = store.index.scheme
     entry = subject_entry(image, sample.label, key, meta.patient, sequences, sequences, scheme, meta.spacing_mm).model_copy(update={"synthetic": made})

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import yaml
+from tiny_shards import write_set
 from trained_run import make_run, write_run
 
 from mstkd.complete import complete
@@ -124,6 +125,17 @@ def test_a_completed_set_is_sound_and_marked(root, completed):
             assert np.corrcoef(voxels, made.image[given][inside].astype(np.float32))[0, 1] > 0.98
             stats = made.meta.stats[SEQUENCES[channel]]
             assert 0 <= stats.min < stats.max <= 1
+
+
+def test_without_a_choice_what_was_measured_stays(run, tmp_path):
+    write_set(tmp_path / "set", [["a", "b"], ["c"]], val=("a",), test=("c",), present={"b": ("flair", "t1"), "c": ("t1",)})
+    complete(run, tmp_path / "set", tmp_path / "out")
+    before, after = ShardStore(tmp_path / "set"), ShardStore(tmp_path / "out")
+    assert {key: entry.synthetic for key, entry in after.subjects.items()} == {"a": (), "b": ("t1ce", "t2"), "c": ("flair", "t1ce", "t2")}
+    for key, entry in before.subjects.items():
+        for name in entry.sequences:
+            channel = SEQUENCES.index(name)
+            assert np.array_equal(before.subject(key).image[channel], after.subject(key).image[channel])
 
 
 def test_the_same_seed_completes_alike(root, run, completed, tmp_path):
