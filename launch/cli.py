@@ -112,6 +112,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Which subjects of it: test or val.")] = "test",
     allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Score cases that training saw; the report says so.")] = False,
     postprocess: Postprocess = None,
+    complete: Annotated[Path | None, typer.Option(metavar="RUN", help="A synthesis run: the networks see every sequence, completed by it.")] = None,
     pred: Annotated[Path | None, typer.Option(help="Instead of RUN: a folder of predicted label maps.")] = None,
     ref: Annotated[Path | None, typer.Option(help="With --pred: the folder of reference label maps.")] = None,
     spec: Annotated[str | None, typer.Option(help="With --pred: the data set spec that names files and labels.")] = None,
@@ -128,12 +129,13 @@ def evaluate(
     if run is not None:
         from mstkd.evaluate.run import evaluate_on_ranks
 
-        evaluate_on_ranks(run, data, split, allow_overlap, postprocess)
+        evaluate_on_ranks(run, data, split, allow_overlap, postprocess, complete)
     else:
         if ref is None or spec is None:
             raise UserError("mstkd evaluate --pred: --ref DIR and --spec NAME are needed too")
-        if postprocess:
-            raise UserError("mstkd evaluate --pred: label maps are scored as they are; give --postprocess to mstkd predict")
+        if postprocess or complete:
+            option = "--postprocess" if postprocess else "--complete"
+            raise UserError(f"mstkd evaluate --pred: label maps are scored as they are; give {option} to mstkd predict")
         from mstkd.evaluate.label_files import evaluate_predictions
 
         evaluate_predictions(pred, ref, spec, out or pred / "evaluation")
@@ -148,6 +150,7 @@ def predict(
     postprocess: Postprocess = None,
     given: Annotated[str | None, typer.Option(help="Synthesis: show the network these sequences, e.g. flair, or one drawn per case: drawn.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of --given drawn.")] = 0,
+    complete: Annotated[Path | None, typer.Option(metavar="RUN", help="Segmentation: complete each case by this synthesis run first.")] = None,
     splits: Annotated[Path | None, typer.Option(help="Synthesis, shard sets: who is trained, validated and tested on in the completed set.")] = None,
 ) -> None:
     """Predict label maps for NIfTI cases, on their original grid; with a synthesis run the sequences that cases lack.
@@ -160,17 +163,17 @@ def predict(
     from mstkd.run_folder import read_run_config
 
     if load(read_run_config(run).method["name"]).task == "synthesis":
-        if postprocess:
-            raise UserError("--postprocess: is for label maps; a synthesis run makes images")
-        from mstkd.complete import complete
+        if postprocess or complete:
+            raise UserError(f"--{'postprocess' if postprocess else 'complete'}: is for label maps; a synthesis run makes images")
+        from mstkd.complete import complete as write_completed
 
-        typer.echo(f"wrote {complete(run, input, output, spec, given, seed, splits)} to {output}")
+        typer.echo(f"wrote {write_completed(run, input, output, spec, given, seed, splits)} to {output}")
         return
     if given or splits:
         raise UserError(f"--{'given' if given else 'splits'}: is for synthesis runs; a segmentation uses every sequence that a case has")
     from mstkd.predict import predict_folder
 
-    written = predict_folder(run, input, output, spec, postprocess)
+    written = predict_folder(run, input, output, spec, postprocess, complete)
     typer.echo(f"wrote {len(written)} label maps to {output}")
 
 

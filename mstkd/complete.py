@@ -19,12 +19,12 @@ from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
 from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.inference import evaluation_mode
+from mstkd.evaluate.overlap import training_overlap
 from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.predict import cases_of, refuse_existing, save_like, whole_folder
 from mstkd.shards.dataset_fingerprint import write_fingerprint
 from mstkd.shards.facts import SubjectFacts, subject_facts
 from mstkd.shards.geometry import restore_image
-from mstkd.shards.intensity_statistics import statistics
 from mstkd.shards.layout import INDEX, SPLITS
 from mstkd.shards.members import encode_array
 from mstkd.shards.parts import write_json
@@ -143,13 +143,15 @@ def complete_shards(run: TrainedRun, source: Path, out: Path, given: Given, spli
     """Write the set `source`, completed, as the set `out`, which appears complete or not at all.
 
     Measured sequences keep their bytes, with a choice of what is given (`Given.replaces`) only those; a synthetic one is z-scored over
-    the brain like a measured one. Labels, splits and geometry stay. Raises UserError: `out` exists, other sequences than the run's, a case that cannot be shown to the network.
+    the brain like a measured one. Labels, splits and geometry stay. Raises UserError: other sequences than the run's, a test subject that
+    the run was trained or validated on, a case that cannot be shown to the network.
     """
     store, completer = ShardStore(source), run.completer()
     if store.index.sequences != run.facts.sequences:
         raise UserError(f"{source}: has sequences {', '.join(store.index.sequences)}; the run was trained on {', '.join(run.facts.sequences)}")
     patients = {key: entry.patient for key, entry in store.subjects.items()}
-    chosen = read_explicit_splits(splits, patients, allow_overlap=False) if splits else store.splits
+    store.splits = read_explicit_splits(splits, patients, allow_overlap=False) if splits else store.splits
+    _refuse_seen(run, store)
     shards, facts = [], []
     with whole_folder(out) as partial:
         with evaluation_mode(run.method), subject_progress(f"{out.name}: complete", len(store.subjects)) as tally:
@@ -159,11 +161,22 @@ def complete_shards(run: TrainedRun, source: Path, out: Path, given: Given, spli
                 facts += [subject.facts for subject in done]
                 tally(len(done), shards[-1].bytes)
         index = store.index.model_copy(update={"shards": tuple(shards)})
-        write_json(partial / SPLITS, chosen)
+        write_json(partial / SPLITS, store.splits)
         text = write_fingerprint(partial, facts, index)
         write_json(partial / INDEX, index)
     say(text)
     return index
+
+
+def _refuse_seen(run: TrainedRun, store: ShardStore) -> None:
+    """Raise UserError if the completed set's test split holds a subject that trained or chose the weights which complete it."""
+    found = training_overlap(run.source.stores, run.config.data.fold, [store], "test").unstated
+    if found:
+        seen, tested, reason = found[0]
+        raise UserError(
+            f"test subject {tested}: {run.config.name} was trained or validated on {seen} ({reason}; {len(found)} such pairs); "
+            "choose others with --splits, see mstkd shards splits --within"
+        )
 
 
 def _complete(completer: Completer, network: str, store: ShardStore, key: str, given: Given) -> Completed:
@@ -171,24 +184,11 @@ def _complete(completer: Completer, network: str, store: ShardStore, key: str, g
     measured = tuple(name in store.subjects[key].measured for name in sequences)
     subset = given(key, measured)
     kept = subset if given.replaces else measured
-    volumes = None if all(kept) else completer.volume(network, sample, subset)
-    image, stats = np.zeros_like(sample.image), {}
-    inside = sample.brain > 0
-    for channel, name in enumerate(sequences):
-        if kept[channel]:
-            image[channel], stats[name] = sample.image[channel], sample.meta.stats[name]
-            continue
-        voxels = np.ascontiguousarray(volumes[channel][inside], dtype=np.float32)
-        stats[name], _ = statistics(voxels)
-        if stats[name].std == 0:
-            raise UserError(f"{key}: the network made a constant {name}; train the run further")
-        image[channel][inside] = ((voxels - stats[name].mean) / stats[name].std).astype(np.float16)
-    made = tuple(name for name, there in zip(sequences, kept, strict=True) if not there)
-    meta = sample.meta.model_copy(update={"sequences": sequences, "stats": stats, "synthetic": made, "constant": ()})
-    scheme = store.index.scheme
-    entry = subject_entry(image, sample.label, key, meta.patient, sequences, sequences, scheme, meta.spacing_mm).model_copy(update={"synthetic": made})
-    facts = subject_facts(image, sample.brain, sample.label, meta, sequences, scheme)
-    return Completed(Sample(image, sample.brain, sample.label, meta), store.file_label(key), entry, facts)
+    completed = completer.sample(network, sample, subset, kept)
+    meta, scheme = completed.meta, store.index.scheme
+    entry = subject_entry(completed.image, sample.label, key, meta.patient, sequences, sequences, scheme, meta.spacing_mm)
+    facts = subject_facts(completed.image, sample.brain, sample.label, meta, sequences, scheme)
+    return Completed(completed, store.file_label(key), entry.model_copy(update={"synthetic": meta.synthetic}), facts)
 
 
 def _write_tar(path: Path, subjects: list[Completed]) -> ShardEntry:

@@ -244,6 +244,7 @@ class ValidateConfig(Section):
 
 class EvaluateConfig(Section):
     networks: list[str] | None = None  # default: all that the method scores
+    complete: str | None = None  # a synthesis run: what a case is not given is completed by it first, and the networks see every sequence
     given: Literal["subsets", "present"] = "subsets"  # present: each case once, with all that it has, instead of every subset
     hd95: Literal["directed_max", "pooled"] = "directed_max"
     empty: Literal["penalty", "reference"] = "penalty"  # one-empty HD95: the image diagonal, or 0 as in the reference code

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from mstkd.data.sample import Sample
 from mstkd.errors import UserError
+from mstkd.evaluate.completed_inputs import CompletingPredictor
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.shards.dataset import Case, DatasetSpec, Volume, known_specs, load_spec
@@ -24,20 +26,22 @@ from mstkd.shards.raw_case import check_headers, grid_sequence
 from mstkd.subsets import largest_given, subset_name
 
 
-def predict_folder(run_dir: Path, input: Path, output: Path, spec: str | None = None, postprocess: str | None = None) -> list[Path]:
+def predict_folder(
+    run_dir: Path, input: Path, output: Path, spec: str | None = None, postprocess: str | None = None, complete: Path | None = None
+) -> list[Path]:
     """Write <output>/<subject>.nii.gz for every case in `input`, and predictions.json (subject -> sequences used).
 
     The layout and file names of `input` are those of `spec`, by default of the run's own data set; any non-empty
     subset of sequences will do, labels are not looked at. Label maps are uint8 in the run's label scheme, on the
     grid of the case's first sequence (of the spec's `common_grid`, where it has one). If the spec resamples, the
     networks' logits are interpolated on that grid and labels decided there. `postprocess`: another rule than the run's own.
-    `output` appears when all is done. Raises UserError: output exists, no case, an unreadable file, sequences of a case on different grids.
+    `complete`: a synthesis run that first makes what a case lacks; the networks then see every sequence. `output` appears when all is done. Raises UserError: output exists, no case, an unreadable file, sequences of a case on different grids.
     """
     output = Path(output)
     refuse_existing(output)
     run = open_run(run_dir).postprocessed(postprocess)
     dataset, cases = cases_of(run, Path(input), spec)
-    predictor, used = run.predictor(), {}
+    predictor, used = CompletingPredictor(run, open_run(complete, tasks=("synthesis",))) if complete else run.predictor(), {}
     with whole_folder(output) as partial, evaluation_mode(run.method):
         for case in cases:
             labels, used[case.subject] = _predict_case(predictor, run.networks[0], case, dataset)
@@ -100,6 +104,6 @@ def save_like(data: NDArray, reference: Volume, path: Path, description: str = "
 def _predict_case(predictor: Predictor, network: str, case: Case, dataset: DatasetSpec) -> tuple[NDArray[np.uint8], str]:
     """The label map on the file's grid, and the subset it was made from."""
     stored = preprocess(replace(case, label=None), dataset, predictor.sequences)
-    volume = predictor.volume(stored.image, stored.brain, stored.meta)
-    subset = largest_given(case.subject, predictor.sequences, predictor.method.subsets, volume.present)
-    return predictor.file_labels(network, volume, subset), subset_name(predictor.sequences, subset)
+    shown = predictor.case(Sample(stored.image, stored.brain, None, stored.meta))
+    subset = largest_given(case.subject, predictor.sequences, predictor.takes, shown.present)
+    return predictor.file_labels(network, *shown.given(subset)), subset_name(predictor.sequences, subset)

@@ -30,7 +30,8 @@ def default_splits(patients: dict[str, str], volumes_ml: dict[str, float], seed:
 def counted_splits(folder: Path, train: int, val: int, test: int, within: tuple[str, ...] = (), seed: int = 0) -> Splits:
     """One fold with so many subjects of the shard set `folder`, by patient, drawn by a hash of (seed, patient).
 
-    `within`: only subjects that the set's own splits have there, of "train", "val" (of fold 0) and "test"; none: any. Raises
+    `within`: only subjects that the set's own splits have there, of "train", "val" (of fold 0) and "test"; those that get into the test
+    are then from its own test, since whatever completes or initialises what is trained on these splits may have seen the others. None: any. Raises
     UserError: an unknown part, too few subjects, or counts that cannot be met without parting a patient's scans.
     """
     index, own = read_set(folder)
@@ -39,11 +40,12 @@ def counted_splits(folder: Path, train: int, val: int, test: int, within: tuple[
         raise UserError(f"--within {unknown[0]}: choose of {', '.join(parts)}")
     allowed = {key for part in within for key in parts[part]} if within else {*index.subjects()}
     subjects = _by_patient({key: entry.patient for key, entry in index.subjects().items() if key in allowed})
+    unseen = {patient for patient, keys in subjects.items() if not within or {*keys} <= {*own.test}}
     left, chosen = sorted(subjects, key=lambda patient: _hashed(patient, seed)), {}
     for name, count in (("test", test), ("val", val), ("train", train)):
         taken: list[str] = []
         for patient in [*left]:
-            if len(taken) + len(subjects[patient]) <= count:
+            if (name != "test" or patient in unseen) and len(taken) + len(subjects[patient]) <= count:
                 taken += subjects[patient]
                 left.remove(patient)
         if len(taken) < count:

@@ -171,6 +171,10 @@ def test_the_completed_set_takes_other_splits(root, run, tmp_path):
     trained = {*read_splits(root / "shards").folds[0].train}
     downstream = read_splits(tmp_path / "out")
     assert not trained & {*downstream.folds[0].train, *downstream.folds[0].val, *downstream.test}
+    seen = {"version": 1, "folds": [{"train": [downstream.test[0]], "val": [downstream.folds[0].val[0]]}], "test": [min(trained)]}
+    (tmp_path / "seen.json").write_text(json.dumps(seen))
+    with pytest.raises(UserError, match=f"test subject {min(trained)}: copying was trained or validated on {min(trained)} .*choose others with --splits"):
+        complete(run, root / "shards", tmp_path / "third", splits=tmp_path / "seen.json")
     with pytest.raises(UserError, match="--splits: .* is no shard set"):
         complete(run, root / "nifti", tmp_path / "third", splits=tmp_path / "down.json")
 

@@ -265,6 +265,10 @@ def test_counted_splits_within_parts_of_the_sets_own(phantom_shards):
     held_out = {*own.folds[0].val, *own.test}
     splits = counted_splits(phantom_shards, len(held_out) - 2, 1, 1, within=("val", "test"))
     assert {*splits.folds[0].train, *splits.folds[0].val, *splits.test} == held_out and not held_out & {*own.folds[0].train}
+    everything = counted_splits(phantom_shards, len(own.folds[0].val) - 1, 1, len(own.test), within=("val", "test"))
+    assert set(everything.test) == {*own.test}  # a validation subject of what came before never gets into the test
+    with pytest.raises(UserError, match=f"--test {len(own.test) + 1}: "):
+        counted_splits(phantom_shards, 1, 1, len(own.test) + 1, within=("val", "test"))
 
 
 def test_counted_splits_errors(phantom_shards):

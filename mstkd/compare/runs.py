@@ -14,7 +14,7 @@ from mstkd.config import RunConfig
 from mstkd.errors import UserError
 from mstkd.run_folder import best_steps, read_record, read_run_config
 
-NOTES = ("overlap", "never trained", "postprocess", "oracle")  # entries of summary["conventions"] that speak of the run, not of how figures are made
+NOTES = ("overlap", "never trained", "postprocess", "oracle", "completed")  # entries of summary["conventions"] that speak of the run, not of how figures are made
 ORACLE, FLOOR = "oracle", "floor"  # used the test cases' labels; learned nothing
 COPY = "copy_per_case.csv"  # scores of the first given sequence, taken for the wanted one
 COPIES_AGREE = 1e-3  # in dB and in SSIM; on another device an image is resampled a little differently

@@ -114,14 +114,14 @@ def _score_case(predictor, networks, source, key, subsets, scheme, options) -> l
     if resampled:
         label, spacing_mm = _file_label(source, key), tuple(voxel_sizes(np.asarray(meta.original_affine)))
     truth = references(label, source.label_scheme, spacing_mm, diagonal_mm(meta))
-    volume = predictor.volume(sample.image, sample.brain, meta)
-    rows = []
-    for network in networks:
-        for name, subset in _given(subsets, volume.present, predictor.sequences).items():
-            labels = (predictor.file_labels if resampled else predictor.labels)(network, volume, subset)
+    case, rows = predictor.case(sample), []
+    for name, subset in _given(subsets, case.present, predictor.sequences).items():
+        volume, visible = case.given(subset)
+        for network in networks:
+            labels = (predictor.file_labels if resampled else predictor.labels)(network, volume, visible)
             scores = score_labels(truth, labels, scheme, options)
             rows += [Row(network, key, name, region, scores[region]) for region in scheme.regions]
-    return rows
+    return sorted(rows, key=lambda row: networks.index(row.network))
 
 
 def _given(subsets: Sequence[Subset] | None, present: Subset, sequences: Sequence[str]) -> dict[str, Subset]:

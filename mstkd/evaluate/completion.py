@@ -20,6 +20,7 @@ from mstkd.data.sample import Sample, rng
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import AUTOCAST
 from mstkd.methods import Method
+from mstkd.shards.intensity_statistics import statistics
 from mstkd.shards.spec import SubjectMeta
 from mstkd.subsets import Subset, subset_name
 
@@ -106,6 +107,28 @@ class Completer:
         given = self.unit(torch.from_numpy(self._normalised(sample)))
         stack = torch.where(torch.tensor(subset)[:, None, None, None], given, made)
         return torch.where(torch.from_numpy(sample.brain > 0), stack, 0.0).numpy()
+
+    def sample(self, network: str, sample: Sample, subset: Subset, kept: Subset | None = None) -> Sample:
+        """A stored case completed from `subset`, as it would be stored: every sequence there, those not `kept` (default: `subset`) synthetic.
+
+        What is kept stays bit by bit; what is made is z-scored over the brain, its raw scale that of the network, 0 to 1. Call it in
+        `evaluation_mode`. Raises UserError if the network makes a constant image.
+        """
+        kept = kept or subset
+        volumes = None if all(kept) else self.volume(network, sample, subset)
+        image, stats, inside = np.zeros_like(sample.image), {}, sample.brain > 0
+        for channel, name in enumerate(self.sequences):
+            if kept[channel]:
+                image[channel], stats[name] = sample.image[channel], sample.meta.stats[name]
+                continue
+            voxels = np.ascontiguousarray(volumes[channel][inside], dtype=np.float32)
+            stats[name], _ = statistics(voxels)
+            if stats[name].std == 0:
+                raise UserError(f"{sample.meta.subject}: {network} made a constant {name}; train the synthesis run further")
+            image[channel][inside] = ((voxels - stats[name].mean) / stats[name].std).astype(np.float16)
+        made = tuple(name for name, there in zip(self.sequences, kept, strict=True) if not there)
+        meta = sample.meta.model_copy(update={"sequences": self.sequences, "stats": stats, "synthetic": made, "constant": ()})
+        return Sample(image, sample.brain, sample.label, meta)
 
     def unit(self, image: Tensor) -> Tensor:
         """Images in the method's intensities, of any shape, mapped to [0, 1] and clipped."""

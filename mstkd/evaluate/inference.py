@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mstkd.config import InferenceConfig
 from mstkd.data.intensity import Intensity
+from mstkd.data.sample import Sample
 from mstkd.errors import UserError
 from mstkd.evaluate.postprocess import postprocess
 from mstkd.methods import Method
@@ -72,6 +73,21 @@ class Volume:
     meta: SubjectMeta
 
 
+@dataclass(frozen=True)
+class Case:
+    """A stored case as networks are shown it: of the sequences that it has those of a subset."""
+
+    volume: Volume
+
+    @property
+    def present(self) -> Subset:
+        return self.volume.present
+
+    def given(self, subset: Subset) -> tuple[Volume, Subset]:
+        """What a network sees when `subset` is given, and which sequences of that are visible."""
+        return self.volume, subset
+
+
 class Predictor:
     """A method's networks applied to whole volumes: normalisation, padding, window, hidden sequences."""
 
@@ -101,6 +117,15 @@ class Predictor:
         return Volume(
             torch.from_numpy(normalised)[None].to(self.device), tuple(name in meta.sequences for name in self.sequences), inner, meta
         )
+
+    @property
+    def takes(self) -> tuple[str, ...] | None:
+        """The subsets that may be given, by name; None: all."""
+        return self.method.subsets
+
+    def case(self, sample: Sample) -> Case:
+        """A stored case, to be shown to networks subset by subset."""
+        return Case(self.volume(sample.image, sample.brain, sample.meta))
 
     def labels(self, network: str, volume: Volume, subset: Subset) -> NDArray[np.uint8]:
         """Label map (X, Y, Z) on the stored grid that `network` gives when only `subset` is visible; call it in `evaluation_mode`."""

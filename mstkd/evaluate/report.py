@@ -56,10 +56,9 @@ def case_pictures(
     with evaluation_mode(predictor.method):
         for rank, subject in chosen.items():
             sample = source.subject(subject)
-            volume = predictor.volume(sample.image, sample.brain, sample.meta)
-            predictions = {}
-            for subset in shown_subsets(predictor.sequences, predictor.method.subsets):
-                predictions[subset_name(predictor.sequences, subset)] = predictor.labels(network, volume, subset)
+            case, predictions = predictor.case(sample), {}
+            for subset in shown_subsets(predictor.sequences, predictor.takes):
+                predictions[subset_name(predictor.sequences, subset)] = predictor.labels(network, *case.given(subset))
             black = sample.image[0].min()
             pictures.append(
                 CasePicture(

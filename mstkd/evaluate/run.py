@@ -19,6 +19,7 @@ from mstkd.errors import UserError
 from mstkd.evaluate import features, fused, synthesis
 from mstkd.evaluate.cases import score_subjects, whole_brain_baseline
 from mstkd.evaluate.classification import CONVENTIONS, decide, print_accuracies, summarise_decisions, write_decisions
+from mstkd.evaluate.completed_inputs import CompletingPredictor, front_takes, open_front
 from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.completion_figures import completion_pictures, draw_completions
 from mstkd.evaluate.inference import Predictor
@@ -41,8 +42,9 @@ ORACLE = {"oracle": "this network was given the labels of these cases, which a u
 
 
 def evaluate_on_ranks(
-    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, postprocess: str | None = None
-) -> None:
+    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, postprocess: str | None = None,
+    complete: Path | None = None,
+) -> None:  # fmt: skip
     """`evaluate_run`, cases shared out over the ranks that a launcher started."""
     ranks = resolve_environment()
     log_to_console(ranks.rank)
@@ -50,36 +52,52 @@ def evaluate_on_ranks(
         backend.start(ranks)
     try:
         with agreed(ranks):
-            evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world, postprocess)
+            evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world, postprocess, complete)
     finally:
         backend.shutdown()
 
 
 def evaluate_run(
     run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, rank: int = 0, world: int = 1,
-    postprocess: str | None = None,
+    postprocess: str | None = None, complete: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score a run's best weights for every subset of sequences or views and write `<run>/evaluation/`; returns summary.json.
 
-    `data` is another shard set than the run's own, `postprocess` another rule than its `inference.postprocess`. Raises
+    `data` is another shard set than the run's own, `postprocess` another rule than its `inference.postprocess`, `complete` a synthesis run
+    instead of its `evaluate.complete`. Raises
     UserError: no run, no such split, other sequences, regions or classes, cases that training saw (unless `allow_overlap`
     or the recipe's `data.allow_overlap`). Collective with several ranks; rank 0 writes.
     """
     run = open_run(run_dir, tasks=tuple(TASKS)).postprocessed(postprocess)
+    chosen = str(complete) if complete else run.config.evaluate.complete
+    front = _front(run, chosen) if chosen else None
     source = CaseSource([ShardStore(data)]) if data else run.source
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
-    subsets = possible_subsets(source.sequences, run.method.subsets)
-    subsets = proper(subsets) if run.method.task == "synthesis" else subsets
-    notes = _overlap_note(run, source, split, allow_overlap)
-    if run.config.evaluate.given == "present":
-        _check_present(run)
-        subsets = None
-    else:
-        notes |= _untrained_note(run, subsets)
-    job = Evaluation(run, source, split, subjects, subsets, _networks(run), notes, _folder(run, source, split, postprocess), rank, world)
+    notes = _overlap_note(run, source, split, allow_overlap) | (_overlap_note(front, source, split, allow_overlap) if front else {})
+    subsets = _subsets(run, front)
+    notes |= _untrained_note(run, subsets) if subsets and not front else {}
+    named = [*([postprocess] if postprocess else []), *([complete.name] if complete else [])]
+    job = Evaluation(run, front, source, split, subjects, subsets, _networks(run), notes, _folder(run, source, split, named), rank, world)
     summaries = TASKS[run.method.task](job)
     return summaries[job.networks[0]]
+
+
+def _front(run: TrainedRun, path: str) -> TrainedRun:
+    if run.method.task != "segmentation":
+        raise UserError(f"evaluate.complete: is for segmentations, and {run.config.method['name']} is for {run.method.task}; remove it")
+    return open_front(path)
+
+
+def _subsets(run: TrainedRun, front: TrainedRun | None) -> Sequence[Subset] | None:
+    """What is given to the networks in turn; None: each case once, given all that it has."""
+    sequences, method = run.facts.sequences, run.method
+    if run.config.evaluate.given == "present":
+        if method.task != "segmentation" or method.subsets is not None:
+            raise UserError(f"evaluate.given present: is for segmentations that take any subset, not for {run.config.method['name']}; set it to subsets")
+        return None
+    subsets = possible_subsets(sequences, front_takes(front) if front else method.subsets)
+    return proper(subsets) if method.task == "synthesis" else subsets
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,7 @@ class Evaluation:
     """What is scored, by which networks, and where the results go."""
 
     run: TrainedRun
+    front: TrainedRun | None  # a synthesis run that completes what the networks see
     source: CaseSource
     split: str
     subjects: Sequence[str]
@@ -136,7 +155,9 @@ def _evaluate_volumes(job: Evaluation) -> dict[str, dict]:
     notes = conventions(run.config.evaluate) | job.notes
     if run.config.inference.postprocess != "none":
         notes["postprocess"] = f"label maps cleared up by {run.config.inference.postprocess} before scoring"
-    predictor, scheme = run.predictor(), run.facts.label_scheme
+    if job.front:
+        notes["completed"] = f"every subset was completed by {job.front.config.method['name']} ({job.front.config.name}); the networks saw all sequences"
+    predictor, scheme = CompletingPredictor(run, job.front) if job.front else run.predictor(), run.facts.label_scheme
     rows = score_subjects(predictor, job.networks, source, job.subjects, job.subsets, scheme, run.config.evaluate, job.rank, job.world)
     summaries = {n: summarise([row for row in rows if row.network == n], source.sequences, *job.heading, notes) for n in job.networks}
     if job.rank == 0:
@@ -242,11 +263,6 @@ def _figures(summary: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
             yield from ((f"{key}/{region}/{subset}", value) for key, value in cell.items())
 
 
-def _check_present(run: TrainedRun) -> None:
-    if run.method.task != "segmentation" or run.method.subsets is not None:
-        raise UserError(f"evaluate.given present: is for segmentations that take any subset, not for {run.config.method['name']}; set it to subsets")
-
-
 def _check_data(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str]) -> None:
     if not subjects:
         raise UserError(f"split {split} of data set {source.dataset} is empty; choose another --split")
@@ -291,13 +307,13 @@ def _networks(run: TrainedRun) -> list[str]:
     return [name for name in run.networks if wanted is None or name in wanted]
 
 
-def _folder(run: TrainedRun, source: CaseSource, split: str, postprocess: str | None) -> Path:
-    """evaluation/ for the run's own test split as its recipe says, evaluation/<data>-<split>[-<postprocess>]/ for anything else."""
+def _folder(run: TrainedRun, source: CaseSource, split: str, named: Sequence[str]) -> Path:
+    """evaluation/ for the run's own test split as its recipe says, evaluation/<data>-<split>[-<what is `named`>]/ for anything else."""
     own, here = ([store.place for store in stores] for stores in (run.source.stores, source.stores))
     folder = run.folder / "evaluation"
     name = "+".join(place.rpartition("/")[2] for place in here)
-    if postprocess:
-        return folder / f"{name}-{split}-{postprocess}"
+    if named:
+        return folder / "-".join([name, split, *named])
     return folder if own == here and split == "test" else folder / f"{name}-{split}"
 
 
@@ -307,10 +323,13 @@ def _write_summaries(folder: Path, summaries: dict[str, dict[str, Any]]) -> None
 
 
 def _cost(predictor: Predictor | Completer) -> dict[str, Any]:
-    """By network: how long one case, and where they are completed one slice, took from one subset, on this rank."""
+    """By network: how long one case took from one subset, completion included, and where slices are completed one slice; on this rank."""
+    front = predictor.completion_seconds if isinstance(predictor, CompletingPredictor) else None
     cost = {}
     for network, seconds in predictor.seconds.items():
-        cost[network] = {"seconds_per_case": float(np.mean(seconds)), "predictions": len(seconds), "device": predictor.device.type}
+        cost[network] = {"seconds_per_case": float(np.mean(seconds)) + (front or 0), "predictions": len(seconds), "device": predictor.device.type}
+        if front is not None:
+            cost[network]["completion_seconds_per_case"] = front
         if isinstance(predictor, Completer):
             cost[network]["seconds_per_slice"] = sum(seconds) / predictor.slices_done[network]
     return cost
