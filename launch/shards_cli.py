@@ -183,11 +183,9 @@ def inspect(
 
 @shards.command()
 def nnunet(folder: Folder, out: Annotated[Path, typer.Option(help="Folder to create, by custom DatasetXXX_Name.")]) -> None:
-    """Write a shard set as nnU-Net's raw data folder; nnU-Net's predictions are scored with `mstkd evaluate --pred`.
+    """Write a shard set as nnU-Net's raw data folder. nnU-Net's predictions: mstkd evaluate --pred DIR --ref OUT/labelsTs --spec nnunet.
 
     Example: mstkd shards nnunet shards/completed --out nnUNet_raw/Dataset501_Completed
-
-    Example: mstkd evaluate --pred predictions --ref nnUNet_raw/Dataset501_Completed/labelsTs --spec nnunet
     """
     from mstkd.shards.nnunet_export import export_nnunet
 

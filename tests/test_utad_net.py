@@ -172,7 +172,7 @@ def test_stages_roles_and_the_published_optimiser():
     method = make()
     assert method.stages == ("teacher", "student") and not method.complete_only and method.dimensions == 2 and method.task == "synthesis"
     assert method.needs("teacher") == {} and method.needs("student") == {"teacher": "teacher"} and method.oracles == ("teacher",)
-    assert method.subsets == SEQUENCES and all(method.availability(stage).kind == "single" for stage in method.stages)
+    assert method.subsets == ("flair", "t2", "t1ce", "t1") and all(method.availability(stage).kind == "single" for stage in method.stages)
     assert (method.intensity.kind, method.intensity.percentile, method.intensity.interval, method.intensity.hidden_value) == ("percentile", "0.1", (-1, 1), -1)
     for stage in method.stages:
         roles = method.roles(stage)
@@ -234,6 +234,9 @@ def test_mask_ablations(kind, share):
     assert torch.equal(*pictures)
     other = method.predict_oracle(batch.image, batch.available, torch.zeros_like(batch.label), "teacher")
     assert torch.equal(pictures[0], other) == (kind != "region")
+    assert method.oracles == (("teacher",) if kind == "region" else ())
+    if kind != "region":  # it is told nothing, so it needs no label
+        assert torch.equal(method.predict(batch.image, batch.available, "teacher"), pictures[0])
 
 
 def test_a_teacher_of_another_architecture_is_one_line(tmp_path):

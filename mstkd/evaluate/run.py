@@ -200,7 +200,7 @@ def _evaluate_completions(job: Evaluation) -> dict[str, dict]:
     scored = score_completions(completer, [*job.networks, COPY], source, job.subjects, job.subsets, rank=job.rank, world=job.world)
     rows, copies = ([row for row in scored if (row.network == COPY) == floor] for floor in (False, True))
     errors = fused.measure(completer, job.networks, source, job.subjects, job.rank, job.world)
-    notes = synthesis.conventions(run.config.data.slices, any(row.score.lpips is not None for row in rows)) | job.notes
+    notes = synthesis.conventions(run.config.data.slices, run.method.intensity, any(row.score.lpips is not None for row in rows)) | job.notes
     summaries = {}
     for network in job.networks:
         own, texts = [row for row in rows if row.network == network], notes | (ORACLE if network in oracles else {})

@@ -19,7 +19,7 @@ from rich.table import Table
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from mstkd.config import SliceConfig
+from mstkd.config import IntensityConfig, SliceConfig
 from mstkd.errors import UserError
 from mstkd.evaluate.completion import Completer, Slices
 from mstkd.evaluate.inference import evaluation_mode
@@ -202,11 +202,12 @@ def copied(images: Tensor, subset: Subset) -> Tensor:
     return images.where(images.new_tensor(subset, dtype=bool)[:, None, None], images[:, first : first + 1])
 
 
-def conventions(slices: SliceConfig, perceptual: bool) -> dict[str, str]:
+def conventions(slices: SliceConfig, intensity: IntensityConfig, perceptual: bool) -> dict[str, str]:
     """What the figures mean, in words; printed under every table."""
     return {
         "images": f"axial slices of {slices.size} x {slices.size} pixels with at least {100 * slices.min_brain:g} % brain, completed and true, "
-        "in the method's intensities, clipped and mapped to [0, 1]; never 8-bit files",
+        f"in the method's intensities ({intensity.kind}{f' {intensity.percentile}' * (intensity.kind == 'percentile')}), clipped and mapped to [0, 1]; "
+        "never 8-bit files",
         "psnr": f"10 log10(1 / mean squared error) in dB, at most {IDENTICAL_DB:g}; mean over the slices of a case, then over cases",
         "ssim": "range 1, Gaussian window of 11 x 11, sigma 1.5, mean over the windows inside the image; slices and cases as for psnr",
         "local": "in the smallest rectangle round WT in that slice, sides under 11 pixels grown to 11; slices without WT are left out, local_n cases have some",
