@@ -49,5 +49,24 @@ class TumourChannels:
         return label
 
 
+class ExclusiveClasses:
+    """Label maps to class indices and back, where every voxel has one class: the scheme's values in rising order, background first."""
+
+    def __init__(self, scheme: LabelScheme):
+        self.scheme, self.values = scheme, tuple(sorted(scheme.values))
+        self.count = len(self.values)
+
+    def encode(self, label: Tensor) -> Tensor:
+        """Class indices (B, ...) int64 of label maps (B, ...)."""
+        table = torch.zeros(256, dtype=torch.int64, device=label.device)
+        for index, value in enumerate(self.values):
+            table[value] = index
+        return table[label.long()]
+
+    def decode(self, logits: Tensor) -> Tensor:
+        """Label maps (B, ...) uint8 of logits (B, K, ...): the most likely class."""
+        return torch.tensor(self.values, dtype=torch.uint8, device=logits.device)[logits.argmax(1)]
+
+
 def _is_any(label: Tensor, values: set[int]) -> Tensor:
     return torch.isin(label, torch.tensor(sorted(values), dtype=label.dtype, device=label.device))

@@ -1,4 +1,5 @@
-"""Wasserstein critics with a gradient penalty (Gulrajani et al., NeurIPS 2017, arXiv:1704.00028). Pure functions; B samples."""
+"""Critics: Wasserstein with a gradient penalty (Gulrajani et al., NeurIPS 2017, arXiv:1704.00028), and least squares (Mao et al.,
+ICCV 2017, arXiv:1611.04076). Pure functions; B samples."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -32,3 +33,13 @@ def gradient_penalty(scores: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
     (gradient,) = torch.autograd.grad(total, between, create_graph=True)
     norm = (gradient.flatten(1).square().sum(1) + EPSILON).sqrt()
     return (norm - 1).square().mean()
+
+
+def least_squares_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """`0.5 (mean (real - 1)^2 + mean fake^2)` of a critic's scores (B, ...)."""
+    return 0.5 * ((real - 1).square().mean() + fake.square().mean())
+
+
+def least_squares_deception_loss(fake: Tensor) -> Tensor:
+    """`0.5 mean (fake - 1)^2` of a critic's scores (B, ...): what the generator of these samples descends."""
+    return 0.5 * (fake - 1).square().mean()
