@@ -296,6 +296,11 @@ class RunConfig(Section):
     profile: ProfileConfig = ProfileConfig()
     _origin: dict[str, str] = PrivateAttr(default_factory=dict)
 
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _one_by_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _method_named(self) -> "RunConfig":
         if not isinstance(self.method.get("name"), str):

@@ -58,10 +58,7 @@ class ExclusiveClasses:
 
     def encode(self, label: Tensor) -> Tensor:
         """Class indices (B, ...) int64 of label maps (B, ...)."""
-        table = torch.zeros(256, dtype=torch.int64, device=label.device)
-        for index, value in enumerate(self.values):
-            table[value] = index
-        return table[label.long()]
+        return torch.bucketize(label.long(), torch.tensor(self.values, device=label.device))
 
     def decode(self, logits: Tensor) -> Tensor:
         """Label maps (B, ...) uint8 of logits (B, K, ...): the most likely class."""

@@ -41,7 +41,8 @@ def _check_input(run: Path, method: Method, sequences: tuple[str, ...]) -> None:
     """Raise UserError if the networks of the folder `run` were trained on another input, or answer in other channels."""
     theirs, ours = read_config(read_run_config(run).method), getattr(method, "config", None)
     pairs = {f"method.{key}": (getattr(theirs, key, None), getattr(ours, key, None)) for key in ("intensity", "targets", "rc_channel", "region")}
-    pairs["the data's sequences"] = tuple(read_record(run)["data"]["sequences"]), tuple(sequences)
+    if not method.runs_apart:
+        pairs["the data's sequences"] = tuple(read_record(run)["data"]["sequences"]), tuple(sequences)
     for what, (there, here) in pairs.items():
         if there != here and None not in (there, here):
             raise UserError(f"teacher.path {run}: {what} was {_said(there)} there and is {_said(here)} here; make them equal, or take another teacher")
@@ -76,8 +77,14 @@ def source_of(network: str, stage: str, config: RunConfig, given: set[str]) -> t
     """The files to look for `network` of the earlier `stage` in, and the name it has there, if it is another."""
     if network in given:
         return given_files(config), config.teacher.network
+    checkpoints = config.run_dir / stage / "checkpoints"
+    if not checkpoints.is_dir():
+        raise UserError(
+            f"{config.run_dir}: stage {stage} has no best checkpoint, and {network} is what this stage begins with: "
+            f"`mstkd train {config.run_dir}/config.yaml stages=[{stage}]` trains it, or teacher.path=RUN takes it from another run"
+        )
     files = best_files(config.run_dir, stage)
-    if not is_finished(config.run_dir / stage / "checkpoints"):
+    if not is_finished(checkpoints):
         raise UserError(
             f"{config.run_dir}: stage {stage}, which trains {network}, is not finished; finish it first, "
             f"or take {network} as it is with name=... teacher.path={config.run_dir}"

@@ -112,6 +112,7 @@ def prepare(config: RunConfig, ranks: Ranks, slices: SliceIndex | None) -> Run:
     settings = [backend.check_role(name, role, config.train, accumulation) for roles in stages.values() for name, role in roles.items()]
     backend.load_ops(settings, config.train.compile, ranks)
     for stage in stages:
+        method.check_stage(stage)
         Availability(seen_in(stage, config.data, method).availability, training.sequences)
     if config.inference.window:
         method.check_crop(method.config, config.inference.window, "inference.window")
@@ -131,7 +132,7 @@ def _train_stages(run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbe
 
 
 def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunConfig]:
-    """The method with freshly initialised networks, and the configuration with its `method:` section resolved."""
+    """The method with freshly initialised networks, and the configuration with its `method:` section and stages resolved."""
     slice_size = config.data.slices.size if config.data.slices else None
     facts = DataFacts(training.sequences, training.stores[0].index.scheme, config.data.crop, training.classification, slice_size)
     torch.manual_seed(config.seed)  # the same initial weights on every rank and for every rank count
@@ -141,16 +142,13 @@ def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunC
             raise UserError(f"train.recompute: {config.method['name']} names no blocks to compute again; remove the key")
         for network in method.networks.values():
             recompute(network, method.blocks)
-    return method, config.model_copy(update={"method": methods.resolve(config.method)})
+    return method, config.model_copy(update={"method": methods.resolve(config.method), "stages": methods.stage_names(config.method, config.stages)})
 
 
 def chosen_stages(config: RunConfig, method: Method, given: set[str]) -> list[str]:
     """The stages to train, in the method's order; without those that would only train networks which are `given`."""
-    unknown = sorted(set(config.stages or ()) - set(method.stages))
-    if unknown:
-        raise UserError(f"stages: {unknown[0]!r} is no stage of {config.method['name']}; its stages: {', '.join(method.stages)}")
-    left_out = stages_left_out(method, given)
-    chosen = [name for name in method.stages if (config.stages is None or name in config.stages) and name not in left_out]
+    asked, left_out = methods.stage_names(config.method, config.stages), stages_left_out(method, given)
+    chosen = [name for name in method.stages if (asked is None or name in asked) and name not in left_out]
     if not chosen:
         raise UserError(f"stages: teacher.path gives what {', '.join(config.stages)} would train; ask for the other stages, or remove teacher.path")
     return chosen
@@ -249,7 +247,7 @@ def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:
         )  # fmt: skip
 
     trained = {network for engine in engines.values() for network in engine.role.results}
-    scored = next((network for network in run.method.scored if network in trained), None)
+    scored = next((network for network in (*run.method.scored, *run.method.painters) if network in trained), None)
 
     declared = run.method.availability(name)
     complete = declared is not None and declared.kind == "natural"  # what such a stage is chosen by is what it learns from

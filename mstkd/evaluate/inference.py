@@ -43,12 +43,12 @@ def evaluation_mode(method: Method) -> Iterator[None]:
 def predict_logits(
     method: Method, network: str, image: Tensor, available: Tensor, window: Sequence[int], inference: InferenceConfig
 ) -> Tensor:
-    """Logits (1, K, X, Y, Z) of `network` for image (1, M, X, Y, Z), hidden sequences filled, and available (1, M) bool.
+    """Logits (1, K, X, Y, Z), or what a painter predicts, of `network` for image (1, M, X, Y, Z), hidden sequences filled, and available (1, M) bool.
 
     Logits of windows, or their sigmoids, are averaged with Gaussian or equal weights (`inference.average`, `.blend`). Each
     axis of the image must be at least as long as the window's. Nothing is masked: a label outside the brain stays.
     """
-    probable = inference.average == "probabilities"
+    probable = inference.average == "probabilities" and network not in method.painters
 
     def scores(patch: Tensor) -> Tensor:
         with torch.autocast(patch.device.type, AUTOCAST.get(inference.precision), enabled=inference.precision in AUTOCAST):

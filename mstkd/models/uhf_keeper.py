@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mstkd.losses.precision import full_precision
-from mstkd.models.uhf_layers import LEVELS, Block, Halving, channels_of, convolution, initialise, parameter, resize
+from mstkd.models.uhf_layers import LEVELS, Block, Halving, channels_of, convolution, initialise, resize
 
 KERNEL = 7
 EPSILON = 1e-5
@@ -39,9 +39,8 @@ class PixelRelation(nn.Module):
 
     def __init__(self, dimensions: int):
         super().__init__()
-        self.one, self.zero, self.scale = (parameter(value) for value in (1.0, 0.0, 1.0))
-        self.theta = parameter(torch.rand(dimensions))
-        self.weight, self.bias = parameter(0.0), parameter(1.0)
+        self.one, self.zero, self.scale, self.weight, self.bias = (nn.Parameter(torch.tensor([value])) for value in (1.0, 0.0, 1.0, 0.0, 1.0))
+        self.theta = nn.Parameter(torch.rand(dimensions))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (B, C, ...) with its gate applied."""

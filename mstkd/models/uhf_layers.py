@@ -5,7 +5,6 @@ Source: Oh et al., arXiv:2402.08409, and its released code. Letters: B samples, 
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -82,7 +81,3 @@ def initialise(network: nn.Module) -> None:
             continue
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def parameter(value: float | Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.as_tensor(value, dtype=torch.float32))

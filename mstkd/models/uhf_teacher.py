@@ -5,12 +5,18 @@ halved downwards from level to level.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mstkd.models.uhf_layers import POOLS, Block, channels_of, convolution, initialise, resize
+
+
+class Reconstruction(NamedTuple):
+    image: Tensor  # (B, 1, ...), unbounded
+    features: list[Tensor]  # maps 1 to 5, without noise
+    predicted: list[Tensor]  # maps 1 to 4, as the head has them from the coarser ones
 
 
 class Encoder(nn.Module):
@@ -90,9 +96,10 @@ class Teacher(nn.Module):
         self.noise, self.noise_std, self.noise_levels = noise, noise_std, tuple(noise_levels)
         initialise(self)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """The image (B, 1, ...) again."""
-        return self.decoder(self.disturbed(self.encoder(image)))
+    def forward(self, image: Tensor) -> Reconstruction:
+        """Of an image (B, 1, ...)."""
+        features = self.encoder(image)
+        return Reconstruction(self.decoder(self.disturbed(features)), features, self.head(features))
 
     def disturbed(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The maps with noise, drawn by torch's generator; in evaluation mode as they are."""
