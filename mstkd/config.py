@@ -59,8 +59,11 @@ class AugmentConfig(Section):
     """Seeded by (seed, item). Geometry acts on image, brain and label alike; intensity acts on brain voxels."""
 
     flip_prob: float = Field(0.5, ge=0, le=1)  # per spatial axis
+    flip_axes: list[Literal[0, 1, 2]] = [0, 1, 2]  # X, Y, Z
+    quarter_turn_prob: float = Field(0.0, ge=0, le=1)  # of an exact turn by 90, 180 or 270 degrees about Z, in voxels; padded and cropped to the crop
     rotate_deg: float = Field(0.0, ge=0, le=180)  # uniform in +-rotate_deg about each axis
     zoom: float = Field(0.0, ge=0, lt=1)  # isotropic, uniform in 1 +- zoom
+    zoom_prob: float = Field(1.0, ge=0, le=1)
     intensity_scale: float = Field(0.0, ge=0, lt=1)  # x (1 + U(-s, s)), per sequence
     intensity_shift: float = Field(0.0, ge=0)  # + U(-s, s), normalised units, per sequence
     noise_std: float = Field(0.0, ge=0)  # Gaussian, normalised units

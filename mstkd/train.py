@@ -43,7 +43,7 @@ from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import safetensors_of
 from mstkd.methods import DataFacts, Method, Role
 from mstkd.models.recompute import recompute
-from mstkd.teacher_source import given_networks, source_of, stages_left_out
+from mstkd.teacher_source import given_networks, refuse_seen, source_of, stages_left_out
 from mstkd.track import NullTracker, Tracker, open_trackers
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
         run = prepare(config, ranks, slices)
     startup.reached("data_and_networks")
     on_main(lambda: refuse_overlap(run.training.stores, config.data), ranks)
+    on_main(lambda: refuse_seen(config, run.training.stores), ranks)
     on_main(lambda: run_folder.open_run(run.config), ranks)
     if on_main(lambda: all(is_finished(config.run_dir / name / "checkpoints") for name in run.stages), ranks):
         log.info("%s: all stages are trained already", config.run_dir)

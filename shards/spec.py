@@ -209,6 +209,12 @@ class ShardIndex(Strict):
 class Fold(Strict):
     train: tuple[str, ...]
     val: tuple[str, ...]
+    test: tuple[str, ...] = ()  # of this fold alone, beside the set's: who is left out of it
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict:
+        """A fold with nobody of its own to test on has the same bytes as before there were any."""
+        return _without_empty(write(self), "test")
 
 
 class Splits(Strict):

@@ -184,7 +184,7 @@ class ShardStore:
 
     def _check(self) -> None:
         for number, fold in enumerate(self.splits.folds):
-            if unknown := sorted({*fold.train, *fold.val, *self.splits.test} - self.subjects.keys()):
+            if unknown := sorted({*fold.train, *fold.val, *fold.test, *self.splits.test} - self.subjects.keys()):
                 named = f"fold {number} or the test split names {unknown[0]}"
                 raise UserError(f"{self.folder / SPLITS}: {named}, which is not in index.json")
         if isinstance(self.folder, Path):

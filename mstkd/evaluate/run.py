@@ -16,13 +16,14 @@ from mstkd.engine import backend
 from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
-from mstkd.evaluate import features, synthesis
+from mstkd.evaluate import features, painting, synthesis
 from mstkd.evaluate.cases import score_subjects, whole_brain_baseline
 from mstkd.evaluate.classification import CONVENTIONS, decide, print_accuracies, summarise_decisions, write_decisions
 from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.completion_figures import completion_pictures, draw_completions
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.overlap import refuse, training_overlap
+from mstkd.evaluate.painting import score_paintings
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_class_figures, draw_figures, write_report
 from mstkd.evaluate.scoring import conventions
 from mstkd.evaluate.source import CaseSource, split_subjects
@@ -63,7 +64,7 @@ def evaluate_run(
     UserError: no run, no such split, other sequences, regions or classes, cases that training saw (unless `allow_overlap`
     or the recipe's `data.allow_overlap`). Collective with several ranks; rank 0 writes.
     """
-    run = open_run(run_dir, tasks=tuple(TASKS)).postprocessed(postprocess)
+    run = open_run(run_dir, tasks=tuple(TASKS), painters=True).postprocessed(postprocess)
     source = CaseSource([ShardStore(data)]) if data else run.source
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
@@ -76,7 +77,7 @@ def evaluate_run(
     else:
         notes |= _untrained_note(run, subsets)
     job = Evaluation(run, source, split, subjects, subsets, _networks(run), notes, _folder(run, source, split, postprocess), rank, world)
-    summaries = TASKS[run.method.task](job)
+    summaries = (_evaluate_paintings if job.networks[0] in run.method.painters else TASKS[run.method.task])(job)
     return summaries[job.networks[0]]
 
 
@@ -188,6 +189,24 @@ def _evaluate_completions(job: Evaluation) -> dict[str, dict]:
         chosen = best_median_worst([row for row in rows if row.network == job.networks[0] and row.subject in complete], "psnr")
         drawn = draw_completions(folder, summaries, completion_pictures(completer, job.networks[0], source, chosen), source.sequences)
         job.finish(summaries, job.facts | _pictured(chosen), drawn, "synthesis.html.j2", print_likeness)
+    return summaries
+
+
+def _evaluate_paintings(job: Evaluation) -> dict[str, dict]:
+    """Of a segmentation's networks that paint images, before there is a segmenter."""
+    run, source, folder = job.run, job.source, job.folder
+    _refuse_postprocess(run)
+    predictor = run.predictor()
+    rows = score_paintings(predictor, job.networks, source, job.subjects, job.rank, job.world)
+    summaries = {
+        n: summarise_completions([row for row in rows if row.network == n], source.sequences, *job.heading, False, painting.CONVENTIONS | job.notes)
+        for n in job.networks
+    }
+    if job.rank == 0:
+        job.begin()
+        write_completions(folder / "per_case.csv", rows)
+        write_json(folder / "cost.json", _cost(predictor))
+        job.finish(summaries, job.facts, {}, "synthesis.html.j2", print_likeness)
     return summaries
 
 

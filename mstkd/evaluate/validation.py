@@ -97,10 +97,10 @@ class Validation:
     def _painted(self, method: Method, network: str, stopping: Callable[[], bool]) -> dict[str, float] | None:
         config, ranks = self.config, self.ranks
         predictor = Predictor(method, self.source.sequences, config.data.crop, config.inference, ranks.device)
-        scores = score_paintings(predictor, network, self.source, self.subjects, ranks.rank, ranks.world, stopping)
-        if not scores:
+        rows = score_paintings(predictor, (network,), self.source, self.subjects, ranks.rank, ranks.world, stopping)
+        if not rows:
             return None
-        psnr, ssim = (float(np.mean([getattr(score, key) for score in scores])) for key in ("psnr", "ssim"))
+        psnr, ssim = (float(np.mean([getattr(row.score, key) for row in rows])) for key in ("psnr", "ssim"))
         return {"score": psnr, "psnr": psnr, "ssim": ssim}
 
     def _dice(self, rows: Sequence[Row]) -> dict[str, float]:

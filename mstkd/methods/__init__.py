@@ -123,8 +123,8 @@ class Method(ABC):
     def check_stage(self, stage: str) -> None:
         """Raise UserError where the data lacks what `stage` trains on; asked of every stage to be trained, before anything is written."""
 
-    def painted(self, network: str) -> int:
-        """Which sequence (index) one of `painters` predicts, as an image (B, 1, ...) in the method's intensities, which end at 0 and 1."""
+    def painted(self, network: str) -> tuple[str, str]:
+        """What one of `painters` is given, and which sequence it predicts: an image (B, 1, ...) in the method's intensities, which end at 0 and 1."""
         raise NotImplementedError(f"{type(self).__name__} names no painters")
 
     def begin(self, stage: str) -> None:

@@ -246,8 +246,9 @@ class UHFGuided(Method):
             return networks["teacher"].decoder(networks["keeper"](low))
         return segmented(low, networks[network], networks["keeper"] if network == "student" else None)
 
-    def painted(self, network: str) -> int:
-        return self.high
+    def painted(self, network: str) -> tuple[str, str]:
+        low, high = (self.facts.sequences[index] for index in (self.low, self.high))
+        return (high if network == "teacher" else low), high
 
     def to_labels(self, logits: Tensor) -> Tensor:
         return self.classes.decode(logits)
