@@ -20,9 +20,10 @@ class Section(BaseModel):
 class IntensityConfig(Section):
     """Affine map and clip applied per sequence, from the statistics stored with each subject."""
 
-    kind: Literal["zscore", "minmax", "percentile", "reference_minmax"] = "zscore"
+    kind: Literal["zscore", "minmax", "percentile", "reference_minmax", "clahe"] = "zscore"
     """zscore: over the brain, background 0. minmax: brain minimum and maximum to `interval`. percentile: the
-    `percentile` tails are clipped. reference_minmax: as minmax over the whole array, background included."""
+    `percentile` tails are clipped. reference_minmax: as minmax over the whole array, background included. clahe: percentile
+    0.5 to [0, 1], then contrast-limited adaptive histogram equalisation, which the shard set must hold."""
     percentile: Literal["0.1", "0.5"] = "0.5"
     interval: tuple[float, float] = (0.0, 1.0)
 

@@ -49,7 +49,8 @@ def given_networks(config: RunConfig, method: Method, sequences: tuple[str, ...]
 def _check_input(run: Path, method: Method, sequences: tuple[str, ...]) -> None:
     """Raise UserError if the networks of the folder `run` were trained on another input, or answer in other channels."""
     theirs, ours = read_config(read_run_config(run).method), getattr(method, "config", None)
-    pairs = {f"method.{key}": (getattr(theirs, key, None), getattr(ours, key, None)) for key in ("intensity", "targets", "rc_channel", "region")}
+    keys = ("targets", "rc_channel", "region") if method.runs_apart else ("intensity", "targets", "rc_channel", "region")
+    pairs = {f"method.{key}": (getattr(theirs, key, None), getattr(ours, key, None)) for key in keys}
     if not method.runs_apart:
         pairs["the data's sequences"] = tuple(read_record(run)["data"]["sequences"]), tuple(sequences)
     for what, (there, here) in pairs.items():

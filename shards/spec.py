@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 FORMAT_VERSION = 1
 IMAGE, BRAIN, LABEL, META = "image.npy", "brain.npy", "label.npy", "meta.json"  # members of a subject, in this order
 FILE_LABEL = "file_label.npy"  # an extra member of resampled subjects: the label on the grid and in the axes of its file
+CLAHE = "clahe.npy"  # an extra member where the data set asks for it: the image equalised, see mstkd/shards/clahe.py
 KEY_LIMIT = 80  # characters: a tar has 100 for a whole member name
 SUBJECT_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{KEY_LIMIT}}}")  # no dots: WebDataset cuts keys at the first one
 

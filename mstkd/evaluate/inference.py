@@ -94,6 +94,7 @@ class Predictor:
         """The case of stored image (M, X, Y, Z), z-scored, and brain (X, Y, Z)."""
         short = [max(need - size, 0) for need, size in zip(self.window, brain.shape, strict=True)]
         pads = [(missing // 2, missing - missing // 2) for missing in short]
+        image = self.intensity.prepared(image, brain, meta, self.sequences)
         # padded before the intensity map, which gives background its value: the same as in training crops
         padded = np.pad(image, [(0, 0), *pads])
         normalised = self.intensity.apply(padded.astype(np.float32), np.pad(brain, pads), meta, self.sequences)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
@@ -41,7 +41,14 @@ SMALLEST = 32  # voxels per axis that the critic can take
 class UnitIntensity(IntensityConfig):
     """Images in [0, 1], the range that their likeness is measured in."""
 
-    kind: Literal["percentile", "minmax"] = "percentile"
+    kind: Literal["percentile", "minmax", "clahe"] = "percentile"  # clahe: as the released code prepares IBSR
+
+    @field_validator("interval")
+    @classmethod
+    def _unit(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value != (0.0, 1.0):
+            raise ValueError("the likeness of 7T images is measured between 0 and 1: give [0, 1]")
+        return value
 
 
 class NetworkConfig(Section):
