@@ -14,6 +14,7 @@ The source is known by its abstract, by summaries and by its code. Where this di
 - fusion begins from the base of the same run and split, so it has been trained longer than the base that stands beside it.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -143,21 +144,30 @@ class KeeperStep(RoleStep):
             return weighted(keeper_terms(guide, wanted, made, image, score), self.weights)
 
 
+def class_terms(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Of logits (B, K, X, Y, Z) and class indices (B, X, Y, Z)."""
+    return {"ce": F.cross_entropy(logits, target)}
+
+
 class SegmentStep(RoleStep):
     """A segmenter learns the labels of the low-field image; with a frozen `keeper` it is given that one's features, too."""
 
-    def __init__(self, segmenter: nn.Module, keeper: nn.Module | None, low: int, classes: ExclusiveClasses | None):
+    def __init__(
+        self, segmenter: nn.Module, keeper: nn.Module | None, low: int, classes: ExclusiveClasses | None,
+        terms: Callable[[Tensor, Tensor], dict[str, Tensor]] = class_terms,
+    ):  # fmt: skip
+        """`terms` of the loss, which are added up, from logits and class indices."""
         super().__init__()
         self.segmenter, self.keeper = segmenter, (keeper,)  # a tuple: not registered, so neither trained nor saved
-        self.low, self.classes = low, classes
+        self.low, self.classes, self.terms = low, classes, terms
 
     def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
         if batch.label is None:
             raise UserError(f"subject {batch.subject[0]}: no label in the shard set; the stages base and fusion train on labelled subjects only")
         logits = segmented(batch.image[:, [self.low]], self.segmenter, self.keeper[0])
         with full_precision(logits):
-            loss = F.cross_entropy(logits.float(), self.classes.encode(batch.label))
-        return StepOutput(loss, {"ce": loss.detach()})
+            terms = self.terms(logits.float(), self.classes.encode(batch.label))
+        return StepOutput(sum(terms.values()), {name: term.detach() for name, term in terms.items()})
 
 
 class UHFGuided(Method):
@@ -173,21 +183,14 @@ class UHFGuided(Method):
     reproduces = "networks, losses and stages in 3D; the released code's defects mended; no table is known"
 
     def __init__(self, config: UHFGuidedConfig, facts: DataFacts):
-        self.config, self.facts, network = config, facts, config.network
+        self.config, self.facts = config, facts
         self.low = _channel("low_field", config.low_field, facts, 0)
         self.high = _channel("high_field", config.high_field, facts, -1) if config.high_field in (None, *facts.sequences) else self.low
         self.classes = ExclusiveClasses(facts.label_scheme) if facts.label_scheme else None
-        outputs = self.classes.count if self.classes else 1  # a set without labels trains teacher and keeper alone
-        noise = {"noise": config.noise.kind, "noise_std": config.noise.std, "noise_levels": config.noise.levels}
-        try:
-            base, segmenter = (build_backbone(config.base.architecture, outputs, 3, config.base.arguments) for _ in range(2))
-            student = GuidedSegmenter(segmenter, channels_of(network.width, 3))
-        except ValueError as error:
-            raise UserError(f"method.base: {error}; see the class's arguments in mstkd/models/uhf_backbones.py or MONAI") from None
-        self.networks: dict[str, nn.Module] = {
-            "student": student, "base": base, "teacher": Teacher(3, network.width, **noise),
-            "keeper": Keeper(3, network.width, network.keeper_width), "critic": PatchCritic(3, network.critic_width),
-        }  # fmt: skip
+        self.networks = self._build()
+
+    def _build(self) -> dict[str, nn.Module]:
+        return build_networks(self.config, 3, self.classes.count if self.classes else 1)  # a set without labels trains teacher and keeper alone
 
     @property
     def intensity(self) -> IntensityConfig:
@@ -219,22 +222,21 @@ class UHFGuided(Method):
         return AvailabilityConfig(kind="natural") if stage in ("teacher", "keeper") else AvailabilityConfig(kind="fixed", subsets=list(self.subsets))
 
     def roles(self, stage: str) -> dict[str, Role]:
-        networks, weights = self.networks, self.config.weights
+        borrows, optimizer = {"critic": ("keeper",), "keeper": ("critic",)}, OptimizerConfig(name="adam", lr=2e-4, betas=(0.9, 0.999))
+        return {name: Role(step, (name,), borrows=borrows.get(name, ()), optimizer=optimizer) for name, step in self._steps(stage).items()}
+
+    def _steps(self, stage: str) -> dict[str, RoleStep]:
+        """By the network that each of them trains, in update order."""
+        networks, low, high, weights = self.networks, self.low, self.high, self.config.weights
         teacher, keeper, critic = (networks[name] for name in ("teacher", "keeper", "critic"))
-        optimizer = OptimizerConfig(name="adam", lr=2e-4, betas=(0.9, 0.999))
         match stage:
             case "teacher":
-                return {"teacher": Role(TeacherStep(teacher, self.high, weights), ("teacher",), optimizer=optimizer)}
+                return {"teacher": TeacherStep(teacher, high, weights)}
             case "keeper":
-                judging = CriticStep(critic, keeper, teacher, self.low, self.high)
-                keeping = KeeperStep(keeper, critic, teacher, self.low, self.high, weights)
-                return {
-                    "critic": Role(judging, ("critic",), borrows=("keeper",), optimizer=optimizer),
-                    "keeper": Role(keeping, ("keeper",), borrows=("critic",), optimizer=optimizer),
-                }
+                return {"critic": CriticStep(critic, keeper, teacher, low, high), "keeper": KeeperStep(keeper, critic, teacher, low, high, weights)}
             case "fusion":
-                return {"student": Role(SegmentStep(networks["student"], keeper, self.low, self.classes), ("student",), optimizer=optimizer)}
-        return {"base": Role(SegmentStep(networks["base"], None, self.low, self.classes), ("base",), optimizer=optimizer)}
+                return {"student": SegmentStep(networks["student"], keeper, low, self.classes)}
+        return {"base": SegmentStep(networks["base"], None, low, self.classes)}
 
     def needs(self, stage: str) -> dict[str, str]:
         return {"keeper": {"teacher": "teacher"}, "fusion": {"keeper": "keeper", "base": "base"}}.get(stage, {})
@@ -265,6 +267,20 @@ def _channel(key: str, name: str | None, facts: DataFacts, default: int) -> int:
     if name is not None and name not in facts.sequences:
         raise UserError(f"method.{key}: the set has no sequence {name}; choose from {', '.join(facts.sequences)}")
     return facts.sequences.index(name if name is not None else facts.sequences[default])
+
+
+def build_networks(config: UHFGuidedConfig, dimensions: int, outputs: int) -> dict[str, nn.Module]:
+    """The method's networks by name, for volumes or slices, with so many classes. Raises UserError where they cannot be built."""
+    network, base, noise = config.network, config.base, config.noise
+    try:
+        plain, segmenter = (build_backbone(base.architecture, outputs, dimensions, base.arguments) for _ in range(2))
+        student = GuidedSegmenter(segmenter, channels_of(network.width, dimensions), dimensions)
+    except ValueError as error:
+        raise UserError(f"method.base: {error}; see the class's arguments in mstkd/models/uhf_backbones.py or MONAI") from None
+    return {
+        "student": student, "base": plain, "teacher": Teacher(dimensions, network.width, noise.kind, noise.std, noise.levels),
+        "keeper": Keeper(dimensions, network.width, network.keeper_width), "critic": PatchCritic(dimensions, network.critic_width),
+    }  # fmt: skip
 
 
 def segmented(image: Tensor, segmenter: nn.Module, keeper: nn.Module | None) -> Tensor:
