@@ -113,7 +113,6 @@ def prepare(config: RunConfig, ranks: Ranks, slices: SliceIndex | None) -> Run:
     settings = [backend.check_role(name, role, config.train, accumulation) for roles in stages.values() for name, role in roles.items()]
     backend.load_ops(settings, config.train.compile, ranks)
     for stage in stages:
-        method.check_stage(stage)
         Availability(seen_in(stage, config.data, method).availability, training.sequences)
     if config.inference.window:
         method.check_crop(method.config, config.inference.window, "inference.window")
@@ -156,8 +155,10 @@ def chosen_stages(config: RunConfig, method: Method, given: set[str]) -> list[st
 
 
 def stage_roles(config: RunConfig, method: Method, given: set[str]) -> dict[str, dict[str, Role]]:
-    """The stages to train, in order: the roles of each. Raises UserError where `train.roles` names one that there is not."""
+    """The stages to train, in order: the roles of each. Raises UserError where the data lacks what a stage trains on, or `train.roles` names one that there is not."""
     stages = {name: method.roles(name) for name in chosen_stages(config, method, given)}
+    for name in stages:
+        method.check_stage(name)
     steps = config.train.steps
     if isinstance(steps, dict) and (strange := sorted(set(steps) - set(method.stages))):
         raise UserError(f"train.steps.{strange[0]}: {config.method['name']} has no such stage; its stages: {', '.join(method.stages)}")

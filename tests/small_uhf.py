@@ -9,6 +9,7 @@ from mstkd.shards.spec import LABEL_SCHEMES
 PAIR = ("t1_3t", "t1_7t")
 CROP = (32, 32, 32)  # the smallest that the critic takes
 START = Progress(step=0, epoch=0, total_steps=100, total_epochs=100)
+STAGES = {"base": {"base"}, "teacher": {"teacher"}, "keeper": {"keeper", "critic"}, "fusion": {"student"}}  # and what they train
 NETWORK = {"width": 2, "keeper_width": 1, "critic_width": 2}
 
 

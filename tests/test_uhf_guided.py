@@ -1,41 +1,43 @@
-"""UHF-guided segmentation: its stages through the engine, what is frozen, what is refused, and two runs from pairs to a guided segmenter."""
+"""UHF-guided segmentation: its stages, what is frozen, what is refused, and two runs from pairs to a guided segmenter."""
 
 import json
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
-from small_uhf import CROP, NETWORK, PAIR, START, facts, make, make_batch
+from small_uhf import CROP, NETWORK, PAIR, STAGES, START, facts, make, make_batch
 
 from mstkd.errors import UserError
 from mstkd.methods import build, read_config, stage_names
 from mstkd.methods.uhf_guided import UHFGuided, UHFGuidedConfig
+from mstkd.models.recompute import recompute
+from mstkd.shards.build import build as build_set
+from mstkd.shards.dataset import SPEC_FOLDER
+from mstkd.shards.phantom import write_phantom
 from mstkd.teacher_source import stages_left_out
 
-STAGES = {"base": {"base"}, "teacher": {"teacher"}, "keeper": {"keeper", "critic"}, "fusion": {"student"}}
 SMALL = [f"data.crop={list(CROP)}", f"method.network={json.dumps(NETWORK)}", "method.base.arguments={width: 5}", "train.steps=2", "train.log_every=1",
          "validate.every_steps=2", "validate.max_cases=1", "inference.overlap=0", "evaluate.assd=true"]  # fmt: skip
 
 
-def same(one: dict, other: dict) -> bool:
-    return all(np.array_equal(one[key], other[key]) for key in one)
+# stages
 
 
-# stages through the engine
-
-
-@pytest.mark.parametrize("zero", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_train_each_stage_and_leave_the_rest_bit_for_bit(stage, zero, two_ranks):
-    first, second = two_ranks.run("uhf_ranks.py", "train", stage=stage, zero_stage=zero)
-    assert first["skipped"] == 0 and all(np.isfinite(value) for value in first["figures"].values())
-    for network, before in first["before"].items():
-        if stage != "base":  # its batch norms' running statistics are averaged when they are saved
-            assert same(first["after"][network], second["after"][network]) or network == "student"
-        assert same(before, first["after"][network]) == (network not in STAGES[stage]), network
-    assert first["gradients"] == []  # of the frozen teacher and keeper
+def test_recomputation_changes_no_gradient(stage):
+    gradients = []
+    for again in (False, True):
+        method = make()
+        role = list(method.roles(stage).values())[-1]
+        assert not again or all(recompute(method.networks[name], method.blocks) > 0 for name in role.networks)
+        torch.manual_seed(1)
+        role.step.train()(make_batch(), {}, START).loss.backward()
+        gradients.append([p.grad for p in role.step.parameters()])
+    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_one_update_of_the_critic_to_one_of_the_keeper_on_the_same_batch():
@@ -147,26 +149,25 @@ def test_a_crop_that_does_not_fit_is_one_line(base, crop, expected):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """A cohort in three groups: fold 0 has the labelled scans, fold 1 the pairs, and the test subjects are in neither."""
-    from mstkd.shards.build import build as build_set
-    from mstkd.shards.phantom import write_phantom
-
+    """Sets `pairs` and `scans`, of 3T alone, from one cohort; who trains, is validated and tested on in one is not in the other's training."""
     folder = tmp_path_factory.mktemp("uhf")
     names = write_phantom(folder / "nifti", subjects=8, size=32, seed=3, paired_7t=True)
-    groups = {"folds": [{"train": names[:2], "val": names[2:3]}, {"train": names[3:5], "val": names[5:6]}], "test": names[6:]}
-    (folder / "groups.json").write_text(json.dumps(groups))
-    build_set("phantom_7t", folder / "nifti", folder / "shards", splits=folder / "groups.json")
-    return folder / "shards"
+    spec = yaml.safe_load((SPEC_FOLDER / "phantom_7t.yaml").read_text()) | {"name": "scans", "sequences": {"t1": "{subject}_t1_3t.nii.gz"}}
+    (folder / "scans.yaml").write_text(yaml.safe_dump(spec))
+    for name, of, people in (("pairs", "phantom_7t", names[3:6]), ("scans", folder / "scans.yaml", names[:3])):
+        (folder / f"{name}.json").write_text(json.dumps({"folds": [{"train": people[:2], "val": people[2:]}], "test": names[6:]}))
+        build_set(of, folder / "nifti", folder / name, splits=folder / f"{name}.json")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def trained(shards, one_rank, tmp_path_factory):
     """Runs `pairs` and `scans`, and the metrics of both."""
     runs = tmp_path_factory.mktemp("runs")
-    words = [*SMALL, f"data.shards={shards}", f"runs_dir={runs}"]
     found = {}
-    for name, own in (("pairs", ["data.fold=1", "stages=[T,K]"]), ("scans", [f"teacher.path={runs / 'pairs'}"])):
-        found[name] = one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_phantom", overrides=[*words, f"name={name}", *own])[0]
+    for name, own in (("pairs", "stages=[T,K]"), ("scans", f"teacher.path={runs / 'pairs'}")):
+        words = [*SMALL, f"data.shards={shards / name}", f"runs_dir={runs}", f"name={name}", own]
+        found[name] = one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_phantom", overrides=words)[0]
     return runs, found
 
 
@@ -176,9 +177,9 @@ def test_pairs_give_a_keeper_and_labelled_scans_a_guided_segmenter(trained):
     runs, rows = trained
     assert list(rows["pairs"]) == ["teacher", "keeper"] and list(rows["scans"]) == ["base", "fusion"]
     assert all(rows["pairs"][stage][2]["val/score"] == rows["pairs"][stage][2]["val/psnr"] > 0 for stage in rows["pairs"])
-    assert all(0 <= rows["scans"][stage][2]["val/dice_GM"] <= 1 and "val/dice_t1_3t" in rows["scans"][stage][2] for stage in rows["scans"])
+    assert all(0 <= rows["scans"][stage][2]["val/dice_GM"] <= 1 and "val/dice_t1" in rows["scans"][stage][2] for stage in rows["scans"])
     summary = evaluate_run(runs / "scans")
-    assert list(summary["subsets"]) == ["t1_3t"] and list(summary["mean"]) == ["CSF", "GM", "WM"]
+    assert list(summary["subsets"]) == ["t1"] and list(summary["mean"]) == ["CSF", "GM", "WM"]
     assert (runs / "scans/evaluation/summary_base.json").is_file()  # always beside it
     assert "assd_mm" in summary["mean"]["GM"]
 
@@ -202,7 +203,7 @@ def test_a_keeper_from_a_file_gives_the_same_run(trained, shards, one_rank, tmp_
     folder = runs / "pairs/keeper/checkpoints"
     weights = load_file(folder / (folder / "best").read_text().strip() / "keeper.safetensors")
     torch.save({key.removeprefix("keeper."): value for key, value in weights.items()}, tmp_path / "keeper.pth")
-    words = [*SMALL, f"data.shards={shards}", f"runs_dir={tmp_path}", "name=file", f"teacher.path={tmp_path / 'keeper.pth'}", "teacher.network=keeper"]
+    words = [*SMALL, f"data.shards={shards / 'scans'}", f"runs_dir={tmp_path}", "name=file", f"teacher.path={tmp_path / 'keeper.pth'}", "teacher.network=keeper"]
     found = one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_phantom", overrides=words)[0]
     assert {step: row["train/ce"] for step, row in found["fusion"].items()} == {step: row["train/ce"] for step, row in rows["scans"]["fusion"].items()}
 
@@ -210,15 +211,30 @@ def test_a_keeper_from_a_file_gives_the_same_run(trained, shards, one_rank, tmp_
 @pytest.mark.parametrize(("words", "expected"), [
     (["stages=F"], "stage keeper has no best checkpoint, and keeper is what this stage begins with: `mstkd train"),
     (["stages=K"], "config.yaml stages=[teacher]` trains it, or teacher.path=RUN takes it from another run"),
+    (["data.shards=SCANS"], "stages: teacher learns from pairs of low-field and 7T images, and the set has t1 alone"),
     (["teacher.path=PAIRS", "data.shards=OTHER"], "training subject Phantom7T_0003 and test subject Phantom7T_0003: same patient"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(words, expected, trained, shards, one_rank, tmp_path):
-    other = shutil.copytree(shards, tmp_path / "other")  # the same people, of whom those with pairs are tested on
-    splits = json.loads((other / "splits.json").read_text())
-    (other / "splits.json").write_text(json.dumps({"folds": splits["folds"][:1], "test": splits["folds"][1]["train"]}))
-    given = [word.replace("PAIRS", str(trained[0] / "pairs")).replace("OTHER", str(other)) for word in words]
-    words = [*SMALL, f"data.shards={shards}", f"runs_dir={tmp_path}", *given]
+    other = shutil.copytree(shards / "scans", tmp_path / "other")
+    pairs, scans = (json.loads((shards / name / "splits.json").read_text()) for name in ("pairs", "scans"))
+    (other / "splits.json").write_text(json.dumps(scans | {"test": pairs["folds"][0]["train"]}))  # those with pairs are tested on
+    places = {"PAIRS": trained[0] / "pairs", "SCANS": shards / "scans", "OTHER": other}
+    given = words
+    for name, place in places.items():
+        given = [word.replace(name, str(place)) for word in given]
+    words = [*SMALL, f"data.shards={shards / 'pairs'}", f"runs_dir={tmp_path}", *given]
     with pytest.raises(AssertionError) as caught:
         one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_phantom", overrides=words)
     last = str(caught.value).strip().splitlines()[-1]
     assert last.startswith("mstkd.errors.UserError") and expected in last
+
+
+def test_a_pair_on_two_grids_is_one_line(shards, tmp_path):
+    nifti = shutil.copytree(shards / "nifti", tmp_path / "nifti")
+    path = nifti / "Phantom7T_0002/Phantom7T_0002_t1_7t.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[:-1], image.affine), path)
+    with pytest.raises(UserError) as caught:
+        build_set("phantom_7t", nifti, tmp_path / "out")
+    line = str(caught.value)
+    assert path.name in line and "(31, 32, 32)" in line and "(32, 32, 32)" in line and "\n" not in line

@@ -1,8 +1,8 @@
-"""What the ranks do in test_uhf_guided.py: updates of a stage through the engine, on volumes that are the same for any number of ranks."""
+"""What the ranks do in test_uhf_training.py: updates of a stage through the engine, on volumes that are the same for any number of ranks."""
 
-from small_uhf import CROP, make, make_batch
+from small_uhf import CROP, START, make, make_batch
 
-from mstkd.config import RunConfig
+from mstkd.config import RunConfig, TeacherConfig
 from mstkd.engine import backend
 from mstkd.engine.averages import Averages
 from mstkd.engine.backend import RoleEngine
@@ -10,6 +10,7 @@ from mstkd.engine.environment import resolve_environment
 from mstkd.engine.frozen import freeze
 from mstkd.engine.meter import Meter
 from mstkd.engine.stage import Stage
+from mstkd.engine.teacher import FrozenNetworks
 from mstkd.engine.update import Update
 
 MICRO_BATCHES = 2  # of one volume each
@@ -45,3 +46,17 @@ def train(stage: str, count: int = 2, **train) -> dict:
 
 def weights(method) -> dict[str, dict]:
     return {name: {key: value.numpy().copy() for key, value in network.state_dict().items()} for name, network in method.networks.items()}
+
+
+def keeper_gradients(placement: str) -> tuple[float, list]:
+    """Loss and gradients of the keeper, which flow through the frozen teacher's decoder, where the teacher lies as `placement` says."""
+    ranks = resolve_environment()
+    backend.start(ranks)
+    method = make(network={"width": 8, "keeper_width": 1, "critic_width": 2})
+    roles = method.roles("keeper")
+    frozen = FrozenNetworks({"teacher": method.networks["teacher"]}, roles, TeacherConfig(placement=placement), ranks)
+    output = roles["keeper"].step(make_batch(), {}, START)
+    output.loss.backward()
+    gradients = [p.grad.numpy().copy() for p in method.networks["keeper"].parameters() if p.ndim > 1]
+    frozen.destroy()
+    return float(output.loss.detach()), gradients

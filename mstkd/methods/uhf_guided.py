@@ -206,7 +206,8 @@ class UHFGuided(Method):
             raise UserError(f"{key} {list(crop)}: the critic needs {SMALLEST} voxels along each axis; use {[max(size, SMALLEST) for size in crop]}")
         step = multiple_of(config.base.architecture, config.base.arguments)
         if any(size % step for size in crop):
-            raise UserError(f"{key} {list(crop)}: {config.base.architecture} of method.base needs multiples of {step}; use {[-(-size // step) * step for size in crop]}")
+            nearest = [-(-size // step) * step for size in crop]
+            raise UserError(f"{key} {list(crop)}: {config.base.architecture} of method.base needs multiples of {step}; use {nearest}")
 
     def check_stage(self, stage: str) -> None:
         if stage in ("teacher", "keeper") and self.high == self.low:
