@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from small_uhf import CROP, NETWORK, PAIR, STAGES, START, facts, make, make_batch
 
 from mstkd.errors import UserError
+from mstkd.export import export
 from mstkd.methods import build, read_config, stage_names
 from mstkd.methods.uhf_guided import UHFGuided, UHFGuidedConfig
 from mstkd.models.recompute import recompute
+from mstkd.predict import predict_folder
 from mstkd.shards.build import build as build_set
 from mstkd.shards.dataset import SPEC_FOLDER
 from mstkd.shards.phantom import write_phantom
@@ -196,6 +198,20 @@ def test_what_teacher_and_keeper_paint_is_measured(trained, shards):
     assert evaluate_run(runs / "pairs", split="val")["mean"]["psnr"] == pytest.approx(rows["pairs"]["keeper"][2]["val/psnr"])
     with pytest.raises(UserError, match="none of student, base is trained yet"):
         open_run(runs / "pairs")  # there is nothing to segment with
+
+
+def test_what_is_exported_and_predicted_needs_the_low_field_image_alone(trained, shards, tmp_path):
+    runs, _ = trained
+    export(runs / "scans", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"student.safetensors", "keeper.safetensors", "mstkd.json"}
+    assert json.loads((tmp_path / "out/mstkd.json").read_text())["companions"] == ["keeper"]
+    case = tmp_path / "new/Phantom7T_0006"
+    case.mkdir(parents=True)
+    shutil.copy(shards / "nifti/Phantom7T_0006/Phantom7T_0006_t1_3t.nii.gz", case)
+    predict_folder(runs / "scans", tmp_path / "new", tmp_path / "predicted", spec=str(shards / "scans.yaml"))
+    [path] = (tmp_path / "predicted").glob("**/*.nii.gz")
+    image = nib.load(path)
+    assert image.shape == (32, 32, 32) and set(np.unique(image.dataobj)) <= {0, 1, 2, 3}
 
 
 def test_a_keeper_from_a_file_gives_the_same_run(trained, shards, one_rank, tmp_path):

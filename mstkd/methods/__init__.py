@@ -79,6 +79,7 @@ class Method(ABC):
     oracles: ClassVar[tuple[str, ...]] = ()  # those of them that are given the test labels, through `predict_oracle`: marked and never ranked
 
     painters: ClassVar[tuple[str, ...]] = ()  # in a segmentation: networks that `predict` an image instead, see `painted`; their PSNR selects "best"
+    companions: ClassVar[dict[str, tuple[str, ...]]] = {}  # scored network -> others that its `predict` calls; they are exported with it
     runs_apart: ClassVar[bool] = False  # True: its stages may train on different sets, so `teacher.path` may give networks that saw others, otherwise normalised
 
     any_order: ClassVar[bool] = False  # True: networks know sequences by name; listed in another order, the same weights give the same output

@@ -177,6 +177,7 @@ class UHFGuided(Method):
     aliases = {"B": "base", "T": "teacher", "K": "keeper", "F": "fusion"}
     scored = ("student", "base")
     painters = ("keeper", "teacher")
+    companions = {"student": ("keeper",)}
     runs_apart = True
     blocks = (Block, Dense, Guide, Fusion, Double, Up)
     paper = "Oh et al., arXiv:2402.08409; MICCAI 2022"
