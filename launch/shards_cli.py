@@ -71,7 +71,7 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     workers: Workers = 1,
     seed: Seed = 0,
-    splits: Annotated[Path | None, typer.Option(help="Who goes where: a splits.json, nnU-Net's splits_final.json or a MONAI datalist.")] = None,
+    splits: Annotated[Path | None, typer.Option(help="Who goes where: a splits.json, nnU-Net's splits_final.json, a MONAI datalist, or published (ibsr18, malc2012).")] = None,
     allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Let a patient be on two sides of a split.")] = False,
     subjects_per_shard: Annotated[int, typer.Option(min=1, help="Subjects in a tar.")] = 8,
     part: Annotated[str | None, typer.Option(metavar="I/N", help="Build the I-th of N parts; then: mstkd shards merge OUT.")] = None,
@@ -197,25 +197,38 @@ def nnunet(folder: Folder, out: Annotated[Path, typer.Option(help="Folder to cre
 def splits(
     folder: Folder,
     out: Annotated[Path, typer.Option(help="File to write, for build or predict --splits, or in place of the set's splits.json.")],
-    train: Annotated[int, typer.Option(min=1, help="Subjects to train on.")],
-    val: Annotated[int, typer.Option(min=1, help="Subjects to validate on.")],
-    test: Annotated[int, typer.Option(min=0, help="Subjects to test on.")],
+    train: Annotated[int | None, typer.Option(min=1, help="Subjects to train on.")] = None,
+    val: Annotated[int | None, typer.Option(min=1, help="Subjects to validate on.")] = None,
+    test: Annotated[int | None, typer.Option(min=0, help="Subjects to test on.")] = None,
+    leave_one_out: Annotated[bool, typer.Option("--leave-one-out", help="One fold per patient, who is tested on in it; instead of the three numbers.")] = False,
     within: Annotated[str | None, typer.Option(help="Only subjects that the set's own splits have there, e.g. val,test.")] = None,
     seed: Seed = 0,
 ) -> None:
-    """Draw splits of given sizes, by patient.
+    """Draw splits of given sizes, or folds that leave one out, by patient.
 
     Example: mstkd shards splits shards/brats2020 --train 180 --val 30 --test 159 --out translation.json
+
+    Example: mstkd shards splits shards/pairs --leave-one-out --out shards/pairs/splits.json
 
     Example: mstkd shards splits shards/brats2020 --within val,test --train 100 --val 20 --test 69 --out downstream.json
     """
     from mstkd.shards.parts import write_json
-    from mstkd.shards.splits import counted_splits
+    from mstkd.shards import splits as drawing
 
     if out.exists() and out.resolve() != (folder / "splits.json").resolve():
         raise UserError(f"{out}: exists already; choose another --out or remove it")
-    write_json(out, counted_splits(folder, train, val, test, tuple(within.split(",")) if within else (), seed))
-    typer.echo(f"wrote {out}: {train} train, {val} val, {test} test")
+    counts = (train, val, test)
+    if leave_one_out and (within or any(count is not None for count in counts)):
+        raise UserError("--leave-one-out: takes all patients; leave out --train, --val, --test and --within")
+    if leave_one_out:
+        found = drawing.leave_one_out(folder, seed)
+        said = f"{len(found.folds)} folds, each with one patient to test on and another to validate on"
+    elif None in counts:
+        raise UserError("--train, --val, --test: give all three, or --leave-one-out")
+    else:
+        found, said = drawing.counted_splits(folder, *counts, tuple(within.split(",")) if within else (), seed), f"{train} train, {val} val, {test} test"
+    write_json(out, found)
+    typer.echo(f"wrote {out}: {said}")
 
 
 def part_of(text: str | None) -> tuple[int, int] | None:

@@ -119,7 +119,7 @@ def _checked(config: RunConfig, cluster: Cluster) -> RunConfig:
 
     config.train.accumulation(cluster.world)
     methods.check_input(config.method, config.data)
-    return config.model_copy(update={"method": methods.resolve(config.method, config.origin)})
+    return config.model_copy(update={"method": methods.resolve(config.method, config.origin), "stages": methods.stage_names(config.method, config.stages)})
 
 
 def _method(config: RunConfig):
@@ -130,11 +130,12 @@ def _method(config: RunConfig):
 
 def _groups(config: RunConfig, stages: str | None) -> list[tuple[str, ...]]:
     """The stages of each train job."""
-    known = _method(config).stages
+    method = _method(config)
+    known = method.stages
     wanted = tuple(config.stages or known)
     if stages is None:
         return [wanted]
-    chosen = wanted if stages == "all" else tuple(stages.split(","))
+    chosen = wanted if stages == "all" else tuple(method.aliases.get(stage, stage) for stage in stages.split(","))
     if unknown := [stage for stage in chosen if stage not in known]:
         raise UserError(f"--stages {stages}: {unknown[0]!r} is no stage of {config.method['name']}; its stages: {', '.join(known)}, or all")
     return [(stage,) for stage in known if stage in chosen]

@@ -160,7 +160,8 @@ def complete_shards(run: TrainedRun, source: Path, out: Path, given: Given, spli
                 shards.append(_write_tar(partial / tar.file, done))
                 facts += [subject.facts for subject in done]
                 tally(len(done), shards[-1].bytes)
-        index = store.index.model_copy(update={"shards": tuple(shards)})
+        extra = tuple(member for member in store.index.extra_members if member == FILE_LABEL)  # others are made of measured sequences
+        index = store.index.model_copy(update={"shards": tuple(shards), "extra_members": extra})
         write_json(partial / SPLITS, store.splits)
         text = write_fingerprint(partial, facts, index)
         write_json(partial / INDEX, index)

@@ -20,9 +20,10 @@ class Section(BaseModel):
 class IntensityConfig(Section):
     """Affine map and clip applied per sequence, from the statistics stored with each subject."""
 
-    kind: Literal["zscore", "minmax", "percentile", "reference_minmax"] = "zscore"
+    kind: Literal["zscore", "minmax", "percentile", "reference_minmax", "clahe"] = "zscore"
     """zscore: over the brain, background 0. minmax: brain minimum and maximum to `interval`. percentile: the
-    `percentile` tails are clipped. reference_minmax: as minmax over the whole array, background included."""
+    `percentile` tails are clipped. reference_minmax: as minmax over the whole array, background included. clahe: percentile
+    0.5 to [0, 1], then contrast-limited adaptive histogram equalisation, which the shard set must hold."""
     percentile: Literal["0.1", "0.5"] = "0.5"
     interval: tuple[float, float] = (0.0, 1.0)
 
@@ -60,8 +61,10 @@ class AugmentConfig(Section):
 
     flip_prob: float = Field(0.5, ge=0, le=1)  # per axis of `flip_axes`
     flip_axes: str = Field("xyz", pattern="^x?y?z?$")  # x: left and right alone
+    quarter_turn_prob: float = Field(0.0, ge=0, le=1)  # of an exact turn by 90, 180 or 270 degrees about Z, in voxels; padded and cropped to the crop
     rotate_deg: float = Field(0.0, ge=0, le=180)  # uniform in +-rotate_deg about each axis
     zoom: float = Field(0.0, ge=0, lt=1)  # isotropic, uniform in 1 +- zoom
+    zoom_prob: float = Field(1.0, ge=0, le=1)
     intensity_scale: float = Field(0.0, ge=0, lt=1)  # x (1 + U(-s, s)), per sequence
     intensity_shift: float = Field(0.0, ge=0)  # + U(-s, s), normalised units, per sequence
     noise_std: float = Field(0.0, ge=0)  # Gaussian, normalised units
@@ -299,6 +302,11 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     profile: ProfileConfig = ProfileConfig()
     _origin: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _one_by_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _method_named(self) -> "RunConfig":

@@ -15,7 +15,7 @@ from mstkd.evaluate.weights import open_run
 def export(run_dir: Path, out: Path, format: Literal["safetensors"] = "safetensors", checkpoint: str = "best") -> Path:
     """Write <out>/<network>.safetensors (keys are parameter and buffer names) and <out>/mstkd.json; returns `out`.
 
-    The network is the one that the run is for, usually the student. mstkd.json holds no host, path or user.
+    The network is the one that the run is for, usually the student; one that it cannot do without lies beside it. mstkd.json holds no host, path or user.
     Weights of any other `checkpoint` than the best are put together from what DeepSpeed saved, without a GPU.
     Raises UserError: another format, `out` exists, the run has no such checkpoint.
     """
@@ -26,10 +26,11 @@ def export(run_dir: Path, out: Path, format: Literal["safetensors"] = "safetenso
         raise UserError(f"{out}: exists already; choose another --out or remove it")
     run = open_run(run_dir, checkpoint)
     name, config = run.networks[0], run.config
-    scheme = run.facts.label_scheme
+    scheme, companions = run.facts.label_scheme, run.method.companions.get(name, ())
     facts = {
         "mstkd": __version__,
         "network": name,
+        **({"companions": companions} if companions else {}),
         "method": config.method,
         "dataset": run.dataset,
         "sequences": run.facts.sequences,
@@ -41,9 +42,10 @@ def export(run_dir: Path, out: Path, format: Literal["safetensors"] = "safetenso
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    state = run.method.networks[name].state_dict()
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-    (partial / f"{name}.safetensors").write_bytes(save(tensors))  # its own save_file makes files for the owner alone
+    for written in (name, *companions):
+        state = run.method.networks[written].state_dict()
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+        (partial / f"{written}.safetensors").write_bytes(save(tensors))  # its own save_file makes files for the owner alone
     (partial / "mstkd.json").write_text(json.dumps(facts, indent=1) + "\n")
     partial.rename(out)
     return out

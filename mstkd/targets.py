@@ -49,5 +49,48 @@ class TumourChannels:
         return label
 
 
+class ExclusiveClasses:
+    """Label maps to class indices and back, where every voxel has one class: the scheme's values in rising order, background first."""
+
+    def __init__(self, scheme: LabelScheme):
+        self.scheme, self.values = scheme, tuple(sorted(scheme.values))
+        self.count = len(self.values)
+
+    def encode(self, label: Tensor) -> Tensor:
+        """Class indices (B, ...) int64 of label maps (B, ...)."""
+        return torch.bucketize(label.long(), torch.tensor(self.values, device=label.device))
+
+    def decode(self, logits: Tensor) -> Tensor:
+        """Label maps (B, ...) uint8 of logits (B, K, ...): the most likely class."""
+        return torch.tensor(self.values, dtype=torch.uint8, device=logits.device)[logits.argmax(1)]
+
+
+class SidelessClasses(ExclusiveClasses):
+    """The same for who cannot tell left from right, as in sagittal slices: left structures count as their right counterparts.
+
+    A pair is two regions of the scheme, of one value each, whose names differ in left_ and right_.
+    """
+
+    def __init__(self, scheme: LabelScheme):
+        super().__init__(scheme)
+        kept = {value: value for value in self.values}
+        for name, (value, *_) in scheme.regions.items():
+            if name.startswith("left_") and (other := scheme.regions.get(f"right_{name.removeprefix('left_')}")):
+                kept[value] = other[0]
+        self.kept = tuple(sorted({*kept.values()}))  # the values that stand for a class, in the classes' order
+        self.place = tuple(self.kept.index(kept[value]) for value in self.values)  # the class of every value
+        self.count = len(self.kept)
+
+    def encode(self, label: Tensor) -> Tensor:
+        return torch.tensor(self.place, device=label.device)[super().encode(label)]
+
+    def spread(self, probability: Tensor) -> Tensor:
+        """Of these classes (B, K, ...): the same of all the scheme's values in rising order; both sides get what their class has."""
+        return probability[:, list(self.place)]
+
+    def decode(self, logits: Tensor) -> Tensor:
+        return super().decode(self.spread(logits))
+
+
 def _is_any(label: Tensor, values: set[int]) -> Tensor:
     return torch.isin(label, torch.tensor(sorted(values), dtype=label.dtype, device=label.device))

@@ -43,7 +43,7 @@ from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import safetensors_of
 from mstkd.methods import DataFacts, Method, Role
 from mstkd.models.recompute import recompute
-from mstkd.teacher_source import given_networks, source_of, stages_left_out
+from mstkd.teacher_source import given_networks, refuse_seen, source_of, stages_left_out
 from mstkd.track import NullTracker, Tracker, open_trackers
 
 log = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
         run = prepare(config, ranks, slices)
     startup.reached("data_and_networks")
     on_main(lambda: refuse_overlap(run.training.stores, config.data), ranks)
+    on_main(lambda: refuse_seen(config, run.training.stores), ranks)
     on_main(lambda: run_folder.open_run(run.config), ranks)
     if on_main(lambda: all(is_finished(config.run_dir / name / "checkpoints") for name in run.stages), ranks):
         log.info("%s: all stages are trained already", config.run_dir)
@@ -131,7 +132,7 @@ def _train_stages(run: Run, tracker: Tracker, stop: StopFlag, heartbeat: Heartbe
 
 
 def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunConfig]:
-    """The method with freshly initialised networks, and the configuration with its `method:` section resolved."""
+    """The method with freshly initialised networks, and the configuration with its `method:` section and stages resolved."""
     slice_size = config.data.slices.size if config.data.slices else None
     facts = DataFacts(training.sequences, training.stores[0].index.scheme, config.data.crop, training.classification, slice_size)
     torch.manual_seed(config.seed)  # the same initial weights on every rank and for every rank count
@@ -141,24 +142,23 @@ def build_method(config: RunConfig, training: TrainingSet) -> tuple[Method, RunC
             raise UserError(f"train.recompute: {config.method['name']} names no blocks to compute again; remove the key")
         for network in method.networks.values():
             recompute(network, method.blocks)
-    return method, config.model_copy(update={"method": methods.resolve(config.method)})
+    return method, config.model_copy(update={"method": methods.resolve(config.method), "stages": methods.stage_names(config.method, config.stages)})
 
 
 def chosen_stages(config: RunConfig, method: Method, given: set[str]) -> list[str]:
     """The stages to train, in the method's order; without those that would only train networks which are `given`."""
-    unknown = sorted(set(config.stages or ()) - set(method.stages))
-    if unknown:
-        raise UserError(f"stages: {unknown[0]!r} is no stage of {config.method['name']}; its stages: {', '.join(method.stages)}")
-    left_out = stages_left_out(method, given)
-    chosen = [name for name in method.stages if (config.stages is None or name in config.stages) and name not in left_out]
+    asked, left_out = methods.stage_names(config.method, config.stages), stages_left_out(method, given)
+    chosen = [name for name in method.stages if (asked is None or name in asked) and name not in left_out]
     if not chosen:
         raise UserError(f"stages: teacher.path gives what {', '.join(config.stages)} would train; ask for the other stages, or remove teacher.path")
     return chosen
 
 
 def stage_roles(config: RunConfig, method: Method, given: set[str]) -> dict[str, dict[str, Role]]:
-    """The stages to train, in order: the roles of each. Raises UserError where `train.roles` names one that there is not."""
+    """The stages to train, in order: the roles of each. Raises UserError where the data lacks what a stage trains on, or `train.roles` names one that there is not."""
     stages = {name: method.roles(name) for name in chosen_stages(config, method, given)}
+    for name in stages:
+        method.check_stage(name)
     steps = config.train.steps
     if isinstance(steps, dict) and (strange := sorted(set(steps) - set(method.stages))):
         raise UserError(f"train.steps.{strange[0]}: {config.method['name']} has no such stage; its stages: {', '.join(method.stages)}")
@@ -249,7 +249,7 @@ def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:
         )  # fmt: skip
 
     trained = {network for engine in engines.values() for network in engine.role.results}
-    scored = next((network for network in run.method.scored if network in trained), None)
+    scored = next((network for network in (*run.method.scored, *run.method.painters) if network in trained), None)
 
     declared = run.method.availability(name)
     complete = declared is not None and declared.kind == "natural"  # what such a stage is chosen by is what it learns from

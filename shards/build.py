@@ -22,7 +22,7 @@ from mstkd.shards.progress import say, subject_progress
 from mstkd.shards.pseudonyms import read_pseudonyms
 from mstkd.shards.shard_writer import ShardRecord, TarJob, build_tar, sources_of
 from mstkd.shards.spec import KEY_LIMIT, ShardIndex
-from mstkd.shards.splits import check_patient_count, read_explicit_splits
+from mstkd.shards.splits import check_patient_count, published_splits, read_explicit_splits
 
 TERMINATED = 128 + signal.SIGTERM  # the shell's code
 
@@ -43,7 +43,7 @@ def build(
 ) -> ShardIndex | None:
     """Build the shard set `out` from the NIfTI folder `src` as `spec` (a packaged name or a YAML file) describes it.
 
-    `splits` is a file written by a person; without it `default_splits` of `seed` is used. `part` (i, n) builds every
+    `splits` is a file written by a person, or "published": the packaged one of this data set; without it `default_splits` of `seed` is used. `part` (i, n) builds every
     n-th tar from the i-th and returns None: `parts.merge` makes the set when all are there. `out` appears complete or
     not at all; what is finished of it waits in OUT.partial, and `resume` goes on there. With `pseudonymise` keys become
     hashes keyed by the salt in `salt_file`, by default one beside `out`, which is made if absent.
@@ -54,6 +54,7 @@ def build(
         raise UserError(f"{out}: exists already; use another --out or remove it")
     _check_numbers(workers, subjects_per_shard, part)
     dataset = load_spec(spec, src)
+    splits = published_splits(dataset.name) if str(splits) == "published" else splits
     cases, plan = _planned(dataset, src, out, seed, splits, allow_overlap, subjects_per_shard, pseudonymise, salt_file)
     work = WorkFolder(out)
     work.begin(plan, part, resume)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, field_validator, model_serializer, model_validator
 
 from mstkd.errors import UserError
 from mstkd.recipe import read_yaml, validate_section
@@ -29,6 +29,12 @@ class PreprocessConfig(Strict):
     common_grid: str | None = None  # resample all sequences to the grid of this one by their headers; None: they must agree
     margin_voxels: int = Field(0, ge=0)  # kept around the brain box
     background: Literal["zero", "border"] = "zero"  # what is outside the brain: 0, or the value that fills the volume's border
+    clahe: bool = False  # also store every sequence with its contrast equalised, for `method.intensity.kind: clahe`
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict:
+        """A data set that does not ask for it has the same digest as before it could."""
+        return {key: value for key, value in write(self).items() if value or key != "clahe"}
 
 
 class DatasetSpec(Strict):

@@ -43,7 +43,7 @@ def estimate(cases: Sequence[Case], dataset: DatasetSpec, bytes_per_subject: flo
     sample = cases[::step]
     channels = len(dataset.sequences)
     overhead = SUBJECT_OVERHEAD_BYTES + channels * FINGERPRINT_BYTES
-    voxel_bytes = 2 * channels + (1 if dataset.scheme is None else 2)
+    voxel_bytes = (4 if dataset.preprocessing.clahe else 2) * channels + (1 if dataset.scheme is None else 2)
     voxels = sum(_voxels(case, dataset) for case in sample) / len(sample)
     if dataset.preprocessing.spacing_mm is not None and dataset.scheme is not None:  # the label is kept on its file's grid, too
         overhead += max(math.prod(_file_grid(case, dataset)[0]) for case in sample)

@@ -114,7 +114,7 @@ def _read(folder: Path) -> tuple[Path, ShardIndex, Splits]:
 def _place(subject: str, splits: Splits) -> str:
     """E.g. "test", "val 2" (validation of fold 2, training of the others) or "-"."""
     places = ["test"] if subject in splits.test else []
-    places += [f"val {number}" for number, fold in enumerate(splits.folds) if subject in fold.val]
+    places += [f"{part} {number}" for number, fold in enumerate(splits.folds) for part in ("val", "test") if subject in getattr(fold, part)]
     if not places and any(subject in fold.train for fold in splits.folds):
         places = ["train"]
     return ", ".join(places) or "-"

@@ -22,7 +22,7 @@ from mstkd.errors import UserError
 from mstkd.shards.dataset import DatasetSpec
 from mstkd.shards.dataset_fingerprint import write_fingerprint
 from mstkd.shards.shard_writer import UNFINISHED, ShardRecord, create_file, whole_file
-from mstkd.shards.spec import FILE_LABEL, ShardIndex, Splits, Strict
+from mstkd.shards.spec import CLAHE, FILE_LABEL, ShardIndex, Splits, Strict
 from mstkd.shards.splits import default_splits
 
 LOCK_NAME = re.compile(r"part-(\d+)-of-(\d+)\.lock")
@@ -217,7 +217,7 @@ def complete(work: WorkFolder, plan: Plan) -> tuple[ShardIndex, str]:
 
 def _extra_members(records: Iterable[ShardRecord]) -> tuple[str, ...]:
     suffixes = {suffix for record in records for entry in record.shard.subjects for suffix in entry.members}
-    return (FILE_LABEL,) if FILE_LABEL in suffixes else ()
+    return tuple(suffix for suffix in (CLAHE, FILE_LABEL) if suffix in suffixes)
 
 
 def stratifying_volumes_ml(index: ShardIndex) -> dict[str, float]:

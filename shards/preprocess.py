@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from mstkd.errors import UserError
+from mstkd.shards.clahe import equalised
 from mstkd.shards.dataset import Case, DatasetSpec, Volume
 from mstkd.shards.facts import SubjectFacts, subject_facts
 from mstkd.shards.geometry import (
@@ -29,6 +30,7 @@ class Preprocessed:
     label: np.ndarray | None  # (X, Y, Z) uint8 in the label scheme
     meta: SubjectMeta
     facts: SubjectFacts
+    clahe: np.ndarray | None = None  # (M, X, Y, Z) float16 in [0, 1], where the data set asks for it
     file_label: np.ndarray | None = None  # of a resampled subject: uint8 on the grid and in the axes of its file, to be scored on
 
 
@@ -67,7 +69,8 @@ def preprocess(case: Case, dataset: DatasetSpec, sequences: tuple[str, ...] = ()
     )
     facts = subject_facts(image, frame.brain, frame.label, meta, sequences, dataset.scheme, raw.by_convention, raw.grid_from, medians)
     file_label = None if frame.shape is None or raw.label is None else on_file_axes(raw.label, meta)
-    return Preprocessed(image, frame.brain.astype(np.uint8), frame.label, meta, facts, file_label)
+    clahe = equalised(image, frame.brain, meta, sequences) if dataset.preprocessing.clahe else None
+    return Preprocessed(image, frame.brain.astype(np.uint8), frame.label, meta, facts, clahe, file_label)
 
 
 def stored_zscore(voxels: np.ndarray, stats: SequenceStats, volume: Volume) -> np.ndarray:

@@ -62,7 +62,7 @@ class Pseudonyms:
         def renamed(keys: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(sorted(self.subject(key) for key in keys))
 
-        folds = tuple(Fold(train=renamed(fold.train), val=renamed(fold.val)) for fold in splits.folds)
+        folds = tuple(Fold(train=renamed(fold.train), val=renamed(fold.val), test=renamed(fold.test)) for fold in splits.folds)
         return splits.model_copy(update={"folds": folds, "test": renamed(splits.test)})
 
     def write_table(self, cases: Sequence[Case], out: Path) -> Path:

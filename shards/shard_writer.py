@@ -23,7 +23,7 @@ from mstkd.shards.half_precision import widened
 from mstkd.shards.members import encode_array
 from mstkd.shards.pool import Tally
 from mstkd.shards.preprocess import Preprocessed, preprocess
-from mstkd.shards.spec import BRAIN, FILE_LABEL, IMAGE, LABEL, META, LabelScheme, ShardEntry, Strict, SubjectEntry
+from mstkd.shards.spec import BRAIN, CLAHE, FILE_LABEL, IMAGE, LABEL, META, LabelScheme, ShardEntry, Strict, SubjectEntry
 from mstkd.shards.tar_walk import split_name, walk
 
 Sources = dict[str, tuple[int, int]]  # file, relative to the source folder -> (bytes, modification time in ns)
@@ -200,6 +200,8 @@ def _payloads(subject: Preprocessed) -> Iterator[tuple[str, bytes]]:
     yield BRAIN, encode_array(subject.brain)
     if subject.label is not None:
         yield LABEL, encode_array(subject.label)
+    if subject.clahe is not None:
+        yield CLAHE, encode_array(subject.clahe)
     if subject.file_label is not None:
         yield FILE_LABEL, encode_array(subject.file_label)
     yield META, subject.meta.model_dump_json().encode()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 FORMAT_VERSION = 1
 IMAGE, BRAIN, LABEL, META = "image.npy", "brain.npy", "label.npy", "meta.json"  # members of a subject, in this order
 FILE_LABEL = "file_label.npy"  # an extra member of resampled subjects: the label on the grid and in the axes of its file
+CLAHE = "clahe.npy"  # an extra member where the data set asks for it: the image equalised, see mstkd/shards/clahe.py
 KEY_LIMIT = 80  # characters: a tar has 100 for a whole member name
 SUBJECT_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{KEY_LIMIT}}}")  # no dots: WebDataset cuts keys at the first one
 
@@ -209,6 +210,12 @@ class ShardIndex(Strict):
 class Fold(Strict):
     train: tuple[str, ...]
     val: tuple[str, ...]
+    test: tuple[str, ...] = ()  # of this fold alone, beside the set's: who is left out of it
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, write: SerializerFunctionWrapHandler) -> dict:
+        """A fold with nobody of its own to test on has the same bytes as before there were any."""
+        return _without_empty(write(self), "test")
 
 
 class Splits(Strict):

@@ -10,6 +10,7 @@ from mstkd.shards.layout import read_set
 from mstkd.shards.progress import say
 from mstkd.shards.spec import Fold, Splits
 
+PUBLISHED = Path(__file__).parent / "specs" / "splits"  # of packaged data sets, as papers use them
 MAX_FOLDS = 5
 TEST_EVERY = 5  # every fifth patient: 20 %
 MIN_PATIENTS = 3
@@ -54,6 +55,24 @@ def counted_splits(folder: Path, train: int, val: int, test: int, within: tuple[
     if not chosen["train"] or not chosen["val"]:
         raise UserError("--train, --val: give at least one subject for each")
     return Splits(folds=(Fold(train=chosen["train"], val=chosen["val"]),), test=chosen["test"])
+
+
+def leave_one_out(folder: Path, seed: int = 0) -> Splits:
+    """As many folds as the shard set `folder` has patients: each is tested on once and chosen by once, in the fold before; drawn by a hash.
+
+    Raises UserError under 3 patients.
+    """
+    index, _ = read_set(folder)
+    patients = {key: entry.patient for key, entry in index.subjects().items()}
+    check_patient_count(patients)
+    subjects = _by_patient(patients)
+    order = sorted(subjects, key=lambda patient: (_hashed(patient, seed), patient))
+    folds = []
+    for place, patient in enumerate(order):
+        after = order[(place + 1) % len(order)]
+        train = tuple(key for other in sorted({*order} - {patient, after}) for key in subjects[other])
+        folds.append(Fold(train=train, val=tuple(subjects[after]), test=tuple(subjects[patient])))
+    return Splits(folds=tuple(folds))
 
 
 def splits_by_class(patients: dict[str, str], classes: dict[str, str], seed: int) -> Splits:
@@ -104,10 +123,18 @@ def read_explicit_splits(path: Path, patients: dict[str, str], allow_overlap: bo
     splits = import_splits(Path(path), patients, dataset)
     splits = splits.model_copy(update={"allow_overlap": splits.allow_overlap or allow_overlap})
     check_splits(splits, patients, str(path))
-    used = {*splits.test, *(key for fold in splits.folds for key in (*fold.train, *fold.val))}
+    used = {*splits.test, *(key for fold in splits.folds for key in (*fold.train, *fold.val, *fold.test))}
     if unused := len(patients) - len(used):
         say(f"splits {path}: {unused} of {len(patients)} subjects are in no fold and not in test; nothing will use them")
     return splits
+
+
+def published_splits(name: str) -> Path:
+    """The file of the split that is published for the packaged data set `name`. Raises UserError where there is none."""
+    path = PUBLISHED / f"{name}.json"
+    if not path.is_file():
+        raise UserError(f"--splits published: none is packaged for data set {name}; there are {', '.join(sorted(p.stem for p in PUBLISHED.glob('*.json')))}")
+    return path
 
 
 def check_splits(splits: Splits, patients: dict[str, str], source: str) -> None:
@@ -115,7 +142,7 @@ def check_splits(splits: Splits, patients: dict[str, str], source: str) -> None:
     if not splits.folds:
         raise UserError(f"splits {source}: no folds; give at least one with train and val")
     for number, fold in enumerate(splits.folds):
-        sides = {f"folds.{number}.train": fold.train, f"folds.{number}.val": fold.val, "test": splits.test}
+        sides = {f"folds.{number}.train": fold.train, f"folds.{number}.val": fold.val, f"folds.{number}.test": fold.test, "test": splits.test}
         for name, keys in sides.items():
             _check_side(name, keys, patients, source)
         if not splits.allow_overlap:
@@ -123,7 +150,7 @@ def check_splits(splits: Splits, patients: dict[str, str], source: str) -> None:
 
 
 def _check_side(name: str, keys: tuple[str, ...], patients: dict[str, str], source: str) -> None:
-    if not keys and name != "test":
+    if not keys and not name.endswith("test"):
         raise UserError(f"splits {source}: {name} is empty; name at least one subject")
     unknown = list(dict.fromkeys(key for key in keys if key not in patients))
     if unknown:

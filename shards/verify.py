@@ -16,7 +16,7 @@ from mstkd.shards.pool import Tally, run_jobs
 from mstkd.shards.progress import subject_progress
 from mstkd.shards.shard_writer import file_sha256, label_volumes_ml
 from mstkd.shards.spec import (
-    BRAIN, FILE_LABEL, IMAGE, LABEL, META, SUBJECT_KEY, LabelScheme, ShardEntry, ShardIndex, SubjectEntry, SubjectMeta, ViewMeta, view_member,
+    BRAIN, CLAHE, FILE_LABEL, IMAGE, LABEL, META, SUBJECT_KEY, LabelScheme, ShardEntry, ShardIndex, SubjectEntry, SubjectMeta, ViewMeta, view_member,
 )  # fmt: skip
 from mstkd.shards.splits import check_splits
 from mstkd.shards.tar_walk import Member, split_name, walk
@@ -156,6 +156,10 @@ def _check_content(tar: Path, entry: SubjectEntry, index: ShardIndex) -> None:
     if LABEL in members:
         _check_array(LABEL, members[LABEL], np.uint8, shape)
         _check_label(members[LABEL], meta, entry, index.scheme)
+    if CLAHE in members:
+        _check_array(CLAHE, members[CLAHE], np.float16, image.shape)
+        if not ((members[CLAHE] >= 0) & (members[CLAHE] <= 1)).all() or members[CLAHE][:, brain == 0].any():
+            raise ValueError(f"{CLAHE} is not within 0 and 1, or not 0 outside the brain")
     if FILE_LABEL in members:
         _check_array(FILE_LABEL, members[FILE_LABEL], np.uint8, meta.original_shape)
         _check_values(FILE_LABEL, members[FILE_LABEL], index.scheme)

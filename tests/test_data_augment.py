@@ -113,7 +113,7 @@ def test_rotation_of_180_degrees_is_two_flips():
     config = AugmentConfig(flip_prob=0, rotate_deg=180)
 
     class HalfTurnAboutZ:  # the draws: no flip, (0, 0, 180) degrees
-        random = staticmethod(lambda n: np.ones(n))
+        random = staticmethod(lambda n: np.full(n, 0.99))
         uniform = staticmethod(lambda low, high, n=None: 0.0 if n is None else np.array([0.0, 0.0, 180.0]))
 
     turned = augment_geometry(sample_of(image, label=(number % 200).astype(np.uint8)), config, HalfTurnAboutZ)
@@ -130,7 +130,7 @@ def test_rotation_is_rigid_in_millimetres(axis, from_axis):
     brain = np.logical_and.outer(*[(low <= g) & (g <= high) for g, (low, high) in zip(grid_mm, bar)])[..., None].astype(np.uint8)
 
     class QuarterTurnAboutZ:
-        random = staticmethod(lambda n: np.ones(n))
+        random = staticmethod(lambda n: np.full(n, 0.99))
         uniform = staticmethod(lambda low, high, n=None: 0.0 if n is None else np.array([0.0, 0.0, 90.0]))
 
     sample = sample_of(brain[None].astype(np.float32), brain, spacing_mm=spacing_mm)
@@ -161,7 +161,7 @@ def test_zoom_scales_about_the_centre():
     brain[15:26, 15:26, 15:26] = 1
 
     class Twice:  # a zoom of 1 + 0.5
-        random = staticmethod(lambda n: np.ones(n))
+        random = staticmethod(lambda n: np.full(n, 0.99))
         uniform = staticmethod(lambda low, high, n=None: 0.5 if n is None else np.zeros(n))
 
     moved = augment_geometry(sample_of(brain[None].astype(np.float32), brain), AugmentConfig(flip_prob=0, zoom=0.5), Twice)
@@ -194,3 +194,46 @@ def test_intensity_amounts_are_those_asked_for():
     for config in (AugmentConfig(intensity_scale=0.1), AugmentConfig(intensity_shift=0.1)):
         shifts = [one(config, i) for i in range(500)]
         assert -0.1001 < min(shifts) < -0.09 and 0.09 < max(shifts) < 0.1001
+
+
+# exact turns, and what a zoom may not do to labels
+
+TURNS = AugmentConfig(flip_prob=0, quarter_turn_prob=1)
+
+
+@pytest.mark.parametrize("shape", [(6, 6, 3), (8, 5, 3), (5, 8, 2)])
+def test_quarter_turns_are_exact_and_keep_the_shape(shape):
+    image, number = numbered(shape)
+    turned = [augment_geometry(sample_of(image + 1, label=(number % 3).astype(np.uint8)), TURNS, rng(seed)) for seed in range(12)]
+    kept = min(shape[:2]) ** 2 * shape[2]
+    for sample in turned:
+        assert sample.image.shape == (1, *shape) and sample.brain.shape == sample.label.shape == shape
+        values = sample.image[0][sample.brain > 0].astype(int) - 1  # nothing was interpolated
+        assert len(values) == len(set(values)) >= kept and (sample.label[sample.brain > 0] == values % 3).all()
+        assert not sample.image[0][sample.brain == 0].any()
+    half = [np.array_equal(sample.image[0], (image[0] + 1)[::-1, ::-1]) for sample in turned]
+    assert any(half) and not all(half)
+    if shape[0] == shape[1]:
+        found = {tuple(sample.image.ravel()) for sample in turned}
+        assert found == {tuple(np.rot90(image[0] + 1, k).ravel()) for k in (1, 2, 3)}
+
+
+def test_flips_keep_to_the_axes_asked_for():
+    image, _ = numbered((4, 3, 2))
+    flipped = augment_geometry(sample_of(image), AugmentConfig(flip_prob=1, flip_axes="x"), rng(1))
+    assert np.array_equal(flipped.image[0], image[0][::-1])
+
+
+def test_a_zoom_happens_as_often_as_asked_for():
+    image, _ = numbered((6, 6, 6))
+    config = AugmentConfig(flip_prob=0, zoom=0.2, zoom_prob=0.5)
+    still = [np.array_equal(augment_geometry(sample_of(image), config, rng(seed)).image, image) for seed in range(60)]
+    assert 15 < sum(still) < 45
+
+
+def test_augmented_labels_are_labels():
+    config = AugmentConfig(flip_prob=0.5, flip_axes="x", quarter_turn_prob=0.5, zoom=0.2, zoom_prob=0.5)
+    label = rng(0).choice(np.array([0, 1, 2, 4], np.uint8), (9, 7, 5))
+    for seed in range(30):
+        moved = augment_geometry(sample_of(np.ones((1, 9, 7, 5), np.float32), label=label), config, rng(seed)).label
+        assert moved.dtype == np.uint8 and set(np.unique(moved)) <= {0, 1, 2, 4}

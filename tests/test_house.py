@@ -82,7 +82,7 @@ MAY_IMPORT = {
     },
     "mstkd.data": {
         "mstkd.batch", "mstkd.config", "mstkd.errors", "mstkd.subsets", "mstkd.shards.spec", "mstkd.shards.members", "mstkd.shards.layout",
-        "mstkd.shards.tar_walk",
+        "mstkd.shards.tar_walk", "mstkd.shards.clahe",
     },
     "mstkd.track": {"mstkd.config", "mstkd.errors"},
     "mstkd.shards": {"mstkd.errors", "mstkd.config", "mstkd.recipe"},

@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from tiny_shards import write_set
 
 from mstkd.errors import UserError
 from mstkd.shards.dataset import load_spec
+from mstkd.shards.layout import read_set
 from mstkd.shards.spec import Fold, Splits, read_index, read_splits
-from mstkd.shards.splits import check_splits, counted_splits, default_splits, read_explicit_splits
+from mstkd.shards.splits import check_splits, counted_splits, default_splits, leave_one_out, published_splits, read_explicit_splits
 
 
 @st.composite
@@ -289,3 +291,51 @@ def test_counted_splits_part_no_patient(tmp_path):
         counted_splits(folder, 4, 2, 1)
     splits = counted_splits(folder, 4, 2, 2)
     assert [len({key.partition("-")[0] for key in part}) for part in (splits.folds[0].train, splits.folds[0].val, splits.test)] == [2, 1, 1]
+
+
+# folds that leave one out, and published splits
+
+
+def test_leaving_one_out_tests_on_everybody_once_and_chooses_by_somebody_else(phantom_shards, tmp_path):
+    from mstkd.data.store import ShardStore
+    from mstkd.evaluate.source import CaseSource
+
+    splits = leave_one_out(phantom_shards, seed=2)
+    index, _ = read_set(phantom_shards)
+    people = sorted(index.subjects())
+    assert len(splits.folds) == len(people) and splits.test == ()
+    assert sorted(key for fold in splits.folds for key in fold.test) == people == sorted(key for fold in splits.folds for key in fold.val)
+    for fold in splits.folds:
+        assert sorted((*fold.train, *fold.val, *fold.test)) == people and len(fold.val) == len(fold.test) == 1
+    check_splits(splits, {key: key for key in people}, "here")
+    assert splits == leave_one_out(phantom_shards, seed=2) != leave_one_out(phantom_shards, seed=3)
+    copy = shutil.copytree(phantom_shards, tmp_path / "copy")
+    (copy / "splits.json").write_text(splits.model_dump_json())
+    source = CaseSource([ShardStore(copy)])
+    assert source.subjects("test", 1) == list(splits.folds[1].test) != source.subjects("test", 0)
+
+
+def test_a_fold_may_not_test_on_whom_it_trains_on():
+    splits = Splits(folds=(Fold(train=("a", "b"), val=("c",), test=("b",)),))
+    with pytest.raises(UserError, match="patient b is in folds.0.train and in folds.0.test"):
+        check_splits(splits, {key: key for key in "abc"}, "here")
+
+
+def test_a_fold_without_a_test_of_its_own_is_written_as_ever():
+    assert Fold(train=("a",), val=("b",)).model_dump_json() == '{"train":["a"],"val":["b"]}'
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("ibsr18", (7, 3, 8)), ("ibsr18_analyze", (7, 3, 8)), ("malc2012", (10, 5, 15))])
+def test_published_splits_are_disjoint(name, sizes):
+    splits = Splits.model_validate_json(published_splits(name).read_text())
+    [fold] = splits.folds
+    assert (len(fold.train), len(fold.val), len(splits.test)) == sizes
+    everybody = {*fold.train, *fold.val, *splits.test}
+    check_splits(splits, {key: key for key in everybody}, name)
+    if name != "malc2012":
+        assert everybody == {f"IBSR_{number:02d}" for number in range(1, 19)}
+
+
+def test_no_published_split_is_one_line():
+    with pytest.raises(UserError, match="--splits published: none is packaged for data set phantom; there are ibsr18, ibsr18_analyze, malc2012"):
+        published_splits("phantom")

@@ -10,7 +10,7 @@ from mstkd.data.sample import Sample
 
 
 def augment_geometry(sample: Sample, config: AugmentConfig, draws: np.random.Generator, axial: bool = False) -> Sample:
-    """Flips, rotation and zoom about the crop's centre, alike for image (trilinear), brain and label (nearest).
+    """Flips, quarter turns, rotation and zoom about the crop's centre, alike for image (trilinear), brain and label (nearest).
 
     `sample` is a z-scored float32 crop, so that the 0 drawn in from outside is the brain's mean. `axial`: it is one
     slice, (M, X, Y, 1), which stays in its plane: it is turned about Z alone.
@@ -18,12 +18,16 @@ def augment_geometry(sample: Sample, config: AugmentConfig, draws: np.random.Gen
     flips = (draws.random(3) < config.flip_prob) & [axis in config.flip_axes for axis in "xyz"]
     angles_deg = draws.uniform(-config.rotate_deg, config.rotate_deg, 3)
     zoom = 1 + draws.uniform(-config.zoom, config.zoom)
+    zoomed, turned = draws.random(2) < (config.zoom_prob, config.quarter_turn_prob)
+    zoom, turns = zoom if zoomed else 1.0, int(draws.integers(1, 4)) if turned else 0
     if axial:
         flips, angles_deg = flips & (True, True, False), angles_deg * (0, 0, 1)
     axes = tuple(int(axis) - 3 for axis in np.flatnonzero(flips))
     if axes:
         sample = _each(sample, lambda volume, mode: np.ascontiguousarray(np.flip(volume, axes)))
-    if config.rotate_deg or config.zoom:
+    if turns:
+        sample = _each(sample, lambda volume, mode: _turned(volume, turns))
+    if config.rotate_deg or zoom != 1:
         grid = _grid(angles_deg, zoom, sample.brain.shape, sample.meta.spacing_mm)
         sample = _each(sample, lambda volume, mode: _resample(volume, grid, mode))
     return sample
@@ -55,6 +59,20 @@ def _each(sample: Sample, change) -> Sample:
         label=None if sample.label is None else change(sample.label, "nearest"),
         meta=sample.meta,
     )
+
+
+def _turned(volume: np.ndarray, turns: int) -> np.ndarray:
+    """(..., X, Y, Z) turned in the first two of these axes, of the same shape: what sticks out is cut off, what is missing is 0."""
+    turned = np.rot90(volume, turns, (-3, -2))
+    for axis in (-3, -2):
+        short = volume.shape[axis] - turned.shape[axis]
+        if short > 0:
+            pads = [(0, 0)] * volume.ndim
+            pads[axis] = (short // 2, short - short // 2)
+            turned = np.pad(turned, pads)
+        elif short < 0:
+            turned = turned.take(range(-short // 2, -short // 2 + volume.shape[axis]), axis)
+    return np.ascontiguousarray(turned)
 
 
 def _grid(angles_deg: np.ndarray, zoom: float, shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mstkd.config import IntensityConfig
+from mstkd.shards.clahe import equalised
 from mstkd.shards.spec import SequenceStats, SubjectMeta
 
 
@@ -16,7 +17,7 @@ class Intensity:
         self.hidden_value = config.hidden_value
 
     def apply(self, image: np.ndarray, brain: np.ndarray, meta: SubjectMeta, sequences: Sequence[str]) -> np.ndarray:
-        """Normalised float32 (M, X, Y, Z) from z-scored `image` of the same shape and `brain` (X, Y, Z), non-zero inside.
+        """Normalised float32 (M, X, Y, Z) from z-scored, or `prepared`, `image` of the same shape and `brain` (X, Y, Z), non-zero inside.
 
         `sequences` names the M channels. Outside the brain stands the background value of the normalisation; a
         sequence that the subject lacks is `hidden_value` throughout.
@@ -28,8 +29,12 @@ class Intensity:
                 self._normalise(image[channel], inside, meta.stats[sequence], out=result[channel])
         return result
 
+    def prepared(self, image: np.ndarray, brain: np.ndarray, meta: SubjectMeta, sequences: Sequence[str]) -> np.ndarray:
+        """What `apply` takes in place of a whole stored image, or a part of it: itself, or equalised."""
+        return equalised(image, brain, meta, sequences) if self.config.kind == "clahe" else image
+
     def _normalise(self, z: np.ndarray, inside: np.ndarray, stats: SequenceStats, out: np.ndarray) -> None:
-        if self.config.kind == "zscore":
+        if self.config.kind in ("zscore", "clahe"):
             np.multiply(z, inside, out=out)
             return
         low, high = self._raw_range(stats)

@@ -196,9 +196,14 @@ class Stages:
         store = self.training.stores[candidate.source]
         draws = self._draws(item, "crop")
         foreground = self._foregrounds[candidate.source]
-        sample = crop(store.subject(candidate.subject), self.config.crop, self.config.foreground_share, draws, foreground)
+        sample = crop(self.whole(store, candidate.subject), self.config.crop, self.config.foreground_share, draws, foreground)
         _check_finite(sample.image, store, candidate.subject)
         return sample
+
+    def whole(self, store: ShardStore, subject: str) -> Sample:
+        """A subject as stored, with the image that the method's intensities are made from. Raises BadSample."""
+        sample = store.subject(subject)
+        return replace(sample, image=store.equalised(subject)) if self.intensity.config.kind == "clahe" else sample
 
     def _settled(self, item: Item) -> Item:
         """The item that draws for this one: with `crops: fixed` that of the first epoch, so that its image is the same in all."""
@@ -230,7 +235,7 @@ class SliceStages(Stages):
 
     def stored(self, item: Item, candidate: Item) -> Sample:
         store = self.training.stores[candidate.source]
-        volume = store.subject(candidate.subject)
+        volume = self.whole(store, candidate.subject)
         sample = read_slice(volume, candidate.slice_index, self._plane(volume))
         _check_finite(sample.image, store, candidate.subject)
         return sample

@@ -21,7 +21,7 @@ from mstkd.data.staging import StagingCache
 from mstkd.errors import UserError
 from mstkd.shards.layout import INDEX, INDEX_LIMIT_BYTES, SPLITS, SPLITS_LIMIT_BYTES, parse_index, parse_splits, read_set, unlisted_tars
 from mstkd.shards.members import decode_array, decode_meta, decode_view_meta
-from mstkd.shards.spec import BRAIN, FILE_LABEL, IMAGE, LABEL, META, Fold, ShardEntry, ShardIndex, Splits, SubjectMeta, ViewMeta, view_member
+from mstkd.shards.spec import BRAIN, CLAHE, FILE_LABEL, IMAGE, LABEL, META, Fold, ShardEntry, ShardIndex, Splits, SubjectMeta, ViewMeta, view_member
 from mstkd.shards.tar_walk import BLOCK_BYTES, read_header
 
 OPEN_TARS = 16  # each map holds a file descriptor
@@ -119,6 +119,16 @@ class ShardStore:
         except ValueError as error:
             raise BadSample(f"{self.folder / tar.file}: subject {key}: {FILE_LABEL} cannot be decoded ({error})") from None
 
+    def equalised(self, key: str) -> np.ndarray:
+        """A subject's image (M, X, Y, Z) float16 with its contrast equalised, in [0, 1]. As `subject` otherwise; UserError if the set has none."""
+        tar, members = self._tar_of[key], self.subjects[key].members
+        if CLAHE not in members:
+            raise UserError(f"{self.folder}: has no {CLAHE}; build it with preprocessing: {{clahe: true}} in the spec, or use another method.intensity.kind")
+        try:
+            return _array(_payload(self._map(tar), members, CLAHE), np.float16, 4)
+        except ValueError as error:
+            raise BadSample(f"{self.folder / tar.file}: subject {key}: {CLAHE} cannot be decoded ({error})") from None
+
     def tar_of(self, key: str) -> ShardEntry:
         """The tar that a subject of the set lies in."""
         return self._tar_of[key]
@@ -184,7 +194,7 @@ class ShardStore:
 
     def _check(self) -> None:
         for number, fold in enumerate(self.splits.folds):
-            if unknown := sorted({*fold.train, *fold.val, *self.splits.test} - self.subjects.keys()):
+            if unknown := sorted({*fold.train, *fold.val, *fold.test, *self.splits.test} - self.subjects.keys()):
                 named = f"fold {number} or the test split names {unknown[0]}"
                 raise UserError(f"{self.folder / SPLITS}: {named}, which is not in index.json")
         if isinstance(self.folder, Path):

@@ -122,7 +122,8 @@ class Keeper:
             return True
         self.trainer.tracker.log_metrics({f"val/{name}": value for name, value in figures.items()}, state.step, self.stage.name)
         score = figures["score"]
-        log.info("stage %s: step %d: validation %s %.4f", self.stage.name, state.step, SCORES[self.stage.method.task], score)
+        name = "PSNR" if score == figures.get("psnr") else SCORES[self.stage.method.task]
+        log.info("stage %s: step %d: validation %s %.4f", self.stage.name, state.step, name, score)
         if math.isfinite(score) and (state.best_score is None or score > state.best_score):
             state.best_score, state.best_step = score, state.step
             return True

@@ -37,7 +37,7 @@ def load_weights(network: nn.Module, name: str, files: list[Path], pick: str | N
     held = {file: read_weights(file) for file in files}
     chosen = {file: _of_network(tensors, wanted) for file, tensors in held.items()}
     chosen = {file: tensors for file, tensors in chosen.items() if tensors}
-    if not chosen and pick is None and len(held) == 1:  # a file of one network, whatever it was called there
+    if not chosen and pick in (None, name) and len(held) == 1:  # a file of one network, whatever it was called there
         chosen = held
     if len(chosen) != 1:
         raise UserError(_ambiguous(wanted, held, list(chosen)))

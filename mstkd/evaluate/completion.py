@@ -136,7 +136,8 @@ class Completer:
         return ((image - low) / (high - low)).clamp(0, 1)
 
     def _normalised(self, sample: Sample) -> NDArray[np.float32]:
-        return self.intensity.apply(sample.image.astype(np.float32), sample.brain, sample.meta, self.sequences)
+        image = self.intensity.prepared(sample.image, sample.brain, sample.meta, self.sequences)
+        return self.intensity.apply(image.astype(np.float32), sample.brain, sample.meta, self.sequences)
 
     def _predict(self, network: str, part: Slices, subset: Subset) -> Tensor:
         visible, available = self._visible(part, subset)

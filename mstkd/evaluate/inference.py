@@ -44,12 +44,12 @@ def evaluation_mode(method: Method) -> Iterator[None]:
 def predict_logits(
     method: Method, network: str, image: Tensor, available: Tensor, window: Sequence[int], inference: InferenceConfig
 ) -> Tensor:
-    """Logits (1, K, X, Y, Z) of `network` for image (1, M, X, Y, Z), hidden sequences filled, and available (1, M) bool.
+    """Logits (1, K, X, Y, Z), or what a painter predicts, of `network` for image (1, M, X, Y, Z), hidden sequences filled, and available (1, M) bool.
 
     Logits of windows, or their sigmoids, are averaged with Gaussian or equal weights (`inference.average`, `.blend`). Each
     axis of the image must be at least as long as the window's. Nothing is masked: a label outside the brain stays.
     """
-    probable = inference.average == "probabilities"
+    probable = inference.average == "probabilities" and network not in method.painters
 
     def scores(patch: Tensor) -> Tensor:
         with torch.autocast(patch.device.type, AUTOCAST.get(inference.precision), enabled=inference.precision in AUTOCAST):
@@ -110,6 +110,7 @@ class Predictor:
         """The case of stored image (M, X, Y, Z), z-scored, and brain (X, Y, Z)."""
         short = [max(need - size, 0) for need, size in zip(self.window, brain.shape, strict=True)]
         pads = [(missing // 2, missing - missing // 2) for missing in short]
+        image = self.intensity.prepared(image, brain, meta, self.sequences)
         # padded before the intensity map, which gives background its value: the same as in training crops
         padded = np.pad(image, [(0, 0), *pads])
         normalised = self.intensity.apply(padded.astype(np.float32), np.pad(brain, pads), meta, self.sequences)

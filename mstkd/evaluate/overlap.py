@@ -45,15 +45,21 @@ def find_overlap(index_a: ShardIndex, subjects_a: Sequence[str], index_b: ShardI
     return [(first[i].subject, second[j].subject, reason) for i, j, reason in _shared(first, second)]
 
 
-def training_overlap(training: Sequence[ShardStore], fold: int, stores: Sequence[ShardStore], split: str) -> TrainingOverlap:
-    """Pairs of a subject that training saw and one of `split`; for "test" and "all" model selection counts as training."""
+def training_overlap(
+    training: Sequence[ShardStore], fold: int, stores: Sequence[ShardStore], split: str, judged_fold: int | None = None
+) -> TrainingOverlap:
+    """Pairs of a subject that training saw and one of `split`; for "test" and "all" model selection counts as training.
+
+    `fold` of both, or of the training alone where `judged_fold` is given.
+    """
     seen = [
         (store, store.subjects[key])
         for store in training
         for part in (("train",) if split == "val" else ("train", "val"))
         for key in split_subjects(store, part, fold)
     ]
-    judged = [(store, store.subjects[key]) for store in stores for key in split_subjects(store, split, fold)]
+    judged_fold = fold if judged_fold is None else judged_fold
+    judged = [(store, store.subjects[key]) for store in stores for key in split_subjects(store, split, judged_fold)]
     found = TrainingOverlap([], [])
     for i, j, reason in _shared([entry for _, entry in seen], [entry for _, entry in judged]):
         (own, trained), (other, tested) = seen[i], judged[j]

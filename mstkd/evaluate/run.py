@@ -16,7 +16,7 @@ from mstkd.engine import backend
 from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
 from mstkd.errors import UserError
-from mstkd.evaluate import features, fused, synthesis
+from mstkd.evaluate import features, fused, painting, synthesis
 from mstkd.evaluate.cases import score_subjects, whole_brain_baseline
 from mstkd.evaluate.classification import CONVENTIONS, decide, print_accuracies, summarise_decisions, write_decisions
 from mstkd.evaluate.completed_inputs import CompletingPredictor, front_takes, open_front
@@ -24,6 +24,7 @@ from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.completion_figures import completion_pictures, draw_completions
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.overlap import refuse, training_overlap
+from mstkd.evaluate.painting import score_paintings
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_class_figures, draw_figures, write_report
 from mstkd.evaluate.scoring import conventions
 from mstkd.evaluate.source import CaseSource, split_subjects
@@ -68,7 +69,7 @@ def evaluate_run(
     UserError: no run, no such split, other sequences, regions or classes, cases that training saw (unless `allow_overlap`
     or the recipe's `data.allow_overlap`). Collective with several ranks; rank 0 writes.
     """
-    run = open_run(run_dir, tasks=tuple(TASKS)).postprocessed(postprocess)
+    run = open_run(run_dir, tasks=tuple(TASKS), painters=True).postprocessed(postprocess)
     chosen = str(complete) if complete else run.config.evaluate.complete
     front = _front(run, chosen) if chosen else None
     source = CaseSource([ShardStore(data)]) if data else run.source
@@ -79,7 +80,7 @@ def evaluate_run(
     notes |= _untrained_note(run, subsets) if subsets and not front else {}
     named = [*([postprocess] if postprocess else []), *([complete.name] if complete else [])]
     job = Evaluation(run, front, source, split, subjects, subsets, _networks(run), notes, _folder(run, source, split, named), rank, world)
-    summaries = TASKS[run.method.task](job)
+    summaries = (_evaluate_paintings if job.networks[0] in run.method.painters else TASKS[run.method.task])(job)
     return summaries[job.networks[0]]
 
 
@@ -228,6 +229,24 @@ def _write_floor(folder: Path, copies: Sequence[Completion], source: CaseSource,
     text = f"PSNR {decibels(mean['psnr'])} dB, SSIM {four_digits(mean['ssim'])} if the first given sequence were taken for the missing one"
     Console().print(f"baseline: {text}", highlight=False)
     return {"floor": text}
+
+
+def _evaluate_paintings(job: Evaluation) -> dict[str, dict]:
+    """Of a segmentation's networks that paint images, before there is a segmenter."""
+    run, source, folder = job.run, job.source, job.folder
+    _refuse_postprocess(run)
+    predictor = run.predictor()
+    rows = score_paintings(predictor, job.networks, source, job.subjects, job.rank, job.world)
+    summaries = {
+        n: summarise_completions([row for row in rows if row.network == n], source.sequences, *job.heading, False, painting.CONVENTIONS | job.notes)
+        for n in job.networks
+    }
+    if job.rank == 0:
+        job.begin()
+        write_completions(folder / "per_case.csv", rows)
+        write_json(folder / "cost.json", _cost(predictor))
+        job.finish(summaries, job.facts, {}, "synthesis.html.j2", print_likeness)
+    return summaries
 
 
 TASKS = {"segmentation": _evaluate_volumes, "classification": _evaluate_classes, "synthesis": _evaluate_completions}

@@ -67,4 +67,5 @@ def split_subjects(store: ShardStore, split: str, fold: int = 0) -> tuple[str, .
         raise UserError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     if split == "all":
         return tuple(store.subjects)
-    return store.splits.test if split == "test" else getattr(store.fold(fold), split)
+    chosen = getattr(store.fold(fold), split)
+    return (*store.splits.test, *chosen) if split == "test" else chosen

@@ -12,6 +12,7 @@ from mstkd.evaluate.cases import Row, score_subjects
 from mstkd.evaluate.classification import accuracies, decide
 from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.inference import Predictor
+from mstkd.evaluate.painting import score_paintings
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.synthesis import pattern_scores, score_completions
 from mstkd.methods import Method, load
@@ -19,7 +20,7 @@ from mstkd.subsets import Subset, parse_subset, possible_subsets, proper, subset
 
 
 class Validation:
-    """Mean Dice, accuracy or SSIM of one network over validation cases; the same figures on every rank."""
+    """Mean Dice, accuracy, SSIM or PSNR of one network over validation cases; the same figures on every rank."""
 
     def __init__(self, config: RunConfig, stores: Sequence[ShardStore], ranks: Ranks, possible: Sequence[str] | None = None):
         """`possible`: see `Method.subsets`. Raises UserError if `validate.subsets` names an unknown sequence, or a subset not among these,
@@ -48,7 +49,7 @@ class Validation:
     def __call__(self, method: Method, stopping: Callable[[], bool], network: str | None = None, complete: bool = False) -> dict[str, float] | None:
         """"score", the mean over subsets x regions, which selects the best checkpoint, and its parts
         "dice_<region>" and "dice_<subset>"; of a classification the mean accuracy over subsets and "accuracy_<subset>"; of a
-        synthesis the mean SSIM over patterns, "ssim" and "psnr" (dB), and "ssim_<target>". None without validation cases. Collective.
+        synthesis the mean SSIM over patterns, "ssim" and "psnr" (dB), and "ssim_<target>"; of one of `painters` PSNR (dB), and "ssim". None without validation cases. Collective.
 
         `network`: by default the first that the method scores. One that `sees_all` is scored on complete input alone; with `complete` any.
         `stopping`, collective too, is asked before each case; raises Stopped when it says so.
@@ -58,6 +59,8 @@ class Validation:
         network = network or method.scored[0]
         if method.task == "synthesis":
             return self._likeness(method, network, stopping)
+        if network in method.painters:
+            return self._painted(method, network, stopping)
         subsets = [(True,) * len(self.source.sequences)] if complete or network in method.sees_all else self.subsets
         if method.task == "classification":
             return self._accuracy(method, network, subsets, stopping)
@@ -90,6 +93,15 @@ class Validation:
             if own := [value for pattern, value in ssim.items() if pattern.endswith(f"->{target}")]:
                 figures[f"ssim_{target}"] = float(np.mean(own))
         return figures
+
+    def _painted(self, method: Method, network: str, stopping: Callable[[], bool]) -> dict[str, float] | None:
+        config, ranks = self.config, self.ranks
+        predictor = Predictor(method, self.source.sequences, config.data.crop, config.inference, ranks.device)
+        rows = score_paintings(predictor, (network,), self.source, self.subjects, ranks.rank, ranks.world, stopping)
+        if not rows:
+            return None
+        psnr, ssim = (float(np.mean([getattr(row.score, key) for row in rows])) for key in ("psnr", "ssim"))
+        return {"score": psnr, "psnr": psnr, "ssim": ssim}
 
     def _dice(self, rows: Sequence[Row]) -> dict[str, float]:
         cells: dict[tuple[str, str], list[float]] = {}

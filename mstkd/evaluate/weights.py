@@ -64,10 +64,10 @@ class TrainedRun:
         return Completer(self.method, self.facts.sequences, config.data.slices, config.inference, self.placed())
 
 
-def open_run(run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("segmentation",)) -> TrainedRun:
+def open_run(run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("segmentation",), painters: bool = False) -> TrainedRun:
     """The run in `run_dir` with its best weights, or those of another `checkpoint` of its last stage (latest, step-00000120).
 
-    Raises UserError: no run, no such checkpoint, a task that is none of `tasks`.
+    `painters`: where nothing that the method scores is trained yet, `networks` are those of its painters that are. Raises UserError: no run, no such checkpoint, a task that is none of `tasks`.
     """
     run_dir = Path(run_dir)
     config = read_run_config(run_dir)
@@ -84,6 +84,8 @@ def open_run(run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("s
     loaded = load_networks(run_dir, method) if checkpoint == "best" else load_checkpoint(run_dir, method, checkpoint)
     loaded |= load_given(run_dir, method, config, loaded)
     networks = tuple(sorted((name for name in method.scored if name in loaded), key=lambda name: name in method.oracles))  # oracles last
+    if not networks and painters:
+        networks = tuple(name for name in method.painters if name in loaded)
     if not networks:
         raise UserError(f"{run_dir}: none of {', '.join(method.scored)} is trained yet; train the run's next stage")
     return TrainedRun(run_dir, config, data["names"][0], facts, method, networks)

@@ -1,4 +1,5 @@
-"""Wasserstein critics with a gradient penalty (Gulrajani et al., NeurIPS 2017, arXiv:1704.00028), and plain ones. Pure functions; B samples."""
+"""Critics: Wasserstein with a gradient penalty (Gulrajani et al., NeurIPS 2017, arXiv:1704.00028), least squares (Mao et al., ICCV 2017,
+arXiv:1611.04076), and plain ones. Pure functions; B samples."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -38,3 +39,13 @@ def gradient_penalty(scores: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
 def realness_error(logits: Tensor, real: bool) -> Tensor:
     """Mean cross-entropy of logits (B, ...) against "all are real", or "none is" (Goodfellow et al., NeurIPS 2014)."""
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, float(real)))
+
+
+def least_squares_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """`0.5 (mean (real - 1)^2 + mean fake^2)` of a critic's scores (B, ...)."""
+    return 0.5 * ((real - 1).square().mean() + fake.square().mean())
+
+
+def least_squares_deception_loss(fake: Tensor) -> Tensor:
+    """`0.5 mean (fake - 1)^2` of a critic's scores (B, ...): what the generator of these samples descends."""
+    return 0.5 * (fake - 1).square().mean()

@@ -1,4 +1,4 @@
-"""What a student learns from a teacher in MST-KDNet (MICCAI 2025, arXiv:2507.22626): probabilities, logits, attention.
+"""What a student learns from a teacher: probabilities, logits, features, attention; most of it from MST-KDNet (MICCAI 2025, arXiv:2507.22626).
 
 Pure functions; `full` is the teacher's tensor, `missing` the student's. B samples, K classes, H heads, N tokens.
 """
@@ -48,6 +48,21 @@ def reference_kl(full: Tensor, missing: Tensor, temperature: float) -> Tensor:
 def feature_matching(full: Sequence[Tensor], missing: Sequence[Tensor]) -> Tensor:
     """Sum over the layers of the mean squared difference of two features of equal shape."""
     return torch.stack([F.mse_loss(m, f) for f, m in zip(full, missing, strict=True)]).sum()
+
+
+def moment_matching(full: Sequence[Tensor], missing: Sequence[Tensor]) -> Tensor:
+    """Sum over the layers of the mean squared differences of two features' means and standard deviations over the channels, voxel by voxel.
+
+    Features (B, C, ...); the standard deviation is the biased one. Source: Oh et al., arXiv:2402.08409; there summed over the batch.
+    """
+    pairs = [(_moments(m), _moments(f)) for f, m in zip(full, missing, strict=True)]
+    return torch.stack([F.mse_loss(m, f) for ours, theirs in pairs for m, f in zip(ours, theirs, strict=True)]).sum()
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the channels, (B, ...) each."""
+    variance = features.var(1, correction=0)
+    return features.mean(1), variance.clamp_min(EPSILON**2).sqrt()  # the root's gradient at 0 is infinite
 
 
 def attention_extremes(full: Sequence[Tensor], missing: Sequence[Tensor], scale: float = 1.0) -> Tensor:

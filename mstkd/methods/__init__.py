@@ -72,6 +72,7 @@ class Method(ABC):
     Config: ClassVar[type[BaseModel]]  # the recipe's `method:` section without `name`
     task: ClassVar[Literal["segmentation", "synthesis", "classification"]]
     stages: ClassVar[tuple[str, ...]]  # in order
+    aliases: ClassVar[dict[str, str]] = {}  # other names of stages, for `stages=`
     dimensions: ClassVar[Literal[2, 3]] = 3  # 2: it is given axial slices, (B, M, X, Y)
     complete_only: ClassVar[bool] = True  # True: subjects that lack a sequence are dropped from training (counted)
     scored: ClassVar[tuple[str, ...]] = ("student", "teacher")  # what evaluation reports; the first that a stage trains selects its "best"
@@ -79,6 +80,9 @@ class Method(ABC):
     oracles: ClassVar[tuple[str, ...]] = ()  # those of them that are given the test labels, through `predict_oracle`: marked and never ranked
 
     offers_fused: ClassVar[bool] = False  # True: `fused` gives what the student distils; evaluation measures how near it is to the oracle's
+    painters: ClassVar[tuple[str, ...]] = ()  # in a segmentation: networks that `predict` an image instead, see `painted`; their PSNR selects "best"
+    companions: ClassVar[dict[str, tuple[str, ...]]] = {}  # scored network -> others that its `predict` calls; they are exported with it
+    runs_apart: ClassVar[bool] = False  # True: its stages may train on different sets, so `teacher.path` may give networks that saw others, otherwise normalised
 
     any_order: ClassVar[bool] = False  # True: networks know sequences by name; listed in another order, the same weights give the same output
 
@@ -118,6 +122,13 @@ class Method(ABC):
         rank calls them equally often and `predict` of a network that the stage trains does without them.
         """
         return {}
+
+    def check_stage(self, stage: str) -> None:
+        """Raise UserError where the data lacks what `stage` trains on; asked of every stage to be trained, before anything is written."""
+
+    def painted(self, network: str) -> tuple[str, str]:
+        """What one of `painters` is given, and which sequence it predicts: an image (B, 1, ...) in the method's intensities, which end at 0 and 1."""
+        raise NotImplementedError(f"{type(self).__name__} names no painters")
 
     def begin(self, stage: str) -> None:
         """Called where `stage` begins, not where it resumes, once what it `needs` is loaded: networks that start from others are filled here."""
@@ -185,6 +196,16 @@ def read_config(section: dict, origin: dict[str, str] | None = None) -> BaseMode
 def resolve(section: dict, origin: dict[str, str] | None = None) -> dict:
     """A recipe's `method:` section with every default written out."""
     return {"name": section["name"], **read_config(section, origin).model_dump(mode="json")}
+
+
+def stage_names(section: dict, names: list[str] | None) -> list[str] | None:
+    """`names` of stages of a recipe's method with aliases resolved. Raises UserError on one that it does not have."""
+    method = load(section["name"])
+    resolved = names and [method.aliases.get(name, name) for name in names]
+    if unknown := sorted(set(resolved or ()) - set(method.stages)):
+        also = f" (or {', '.join(method.aliases)})" if method.aliases else ""
+        raise UserError(f"stages: {unknown[0]!r} is no stage of {section['name']}; its stages: {', '.join(method.stages)}{also}")
+    return resolved
 
 
 def check_input(section: dict, data: DataConfig) -> None:
