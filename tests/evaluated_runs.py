@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from mstkd import attempts
-from mstkd.config import RunConfig, resolved
+from mstkd.config import IntensityConfig, RunConfig, resolved
 from mstkd.evaluate.cases import Row
 from mstkd.evaluate.scoring import Score, conventions
 from mstkd.evaluate.summary import summarise, write_json, write_rows
@@ -119,7 +119,7 @@ def write_translation(
     networks = {"student": scored("student", psnr)} | ({"teacher": scored("teacher", oracle)} if oracle else {})
     write_completions(folder / "per_case.csv", [row for rows in networks.values() for row in rows])
     for network, rows in networks.items():
-        texts = likeness_conventions(config.data.slices, lpips) | ({"oracle": "was given labels"} if network == "teacher" else {})
+        texts = likeness_conventions(config.data.slices, IntensityConfig(kind="percentile"), lpips) | ({"oracle": "was given labels"} if network == "teacher" else {})
         summary = summarise_completions(rows, SEQUENCES, config.method["name"], "test", 0, network == "teacher", texts)
         write_json(folder / ("summary.json" if network == "student" else f"summary_{network}.json"), summary)
     if copied:
