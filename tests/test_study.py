@@ -67,7 +67,7 @@ def test_arms_of_translation_share_all_but_what_they_are_for_and_take_equally_ma
         config = resolved[arm] = RunConfig.model_validate(run_config(study, arm, "shards", "run", 1))
         method = build(config.method, DataFacts(SEQUENCES, LABEL_SCHEMES["brats2018"], None, slice_size=config.data.slices.size))
         assert len(method.stages) * config.train.steps == 300 and method.task == "synthesis"
-        assert [name for name in method.scored if name in method.oracles] == ["teacher"] * arm.startswith("utad_net")
+        assert [name for name in method.scored if name in method.oracles] == ["teacher"] * (arm == "utad_net")  # the ablations' masks tell nothing
     assert [resolved[arm].method.get("mask") for arm in study.arms] == [None, None, "zeros", "random", None]
     assert len({str((config.data, config.train.roles, config.method["critic"], config.method["n_critic"])) for config in resolved.values()}) == 1
 
