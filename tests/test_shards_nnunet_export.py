@@ -8,7 +8,7 @@ import pytest
 
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
-from mstkd.evaluate.run import evaluate_predictions
+from mstkd.evaluate.label_files import evaluate_predictions
 from mstkd.shards.build import build
 from mstkd.shards.nnunet_export import export_nnunet
 
