@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import yaml
 
@@ -20,6 +21,7 @@ from mstkd.subsets import all_subsets, subset_name
 SEQUENCES, REGIONS = ("flair", "t1", "t1ce", "t2"), ("WT", "TC", "ET")
 SUBSETS = [subset_name(SEQUENCES, subset) for subset in all_subsets(SEQUENCES)]
 TRUTH_VOXELS = 100
+PATIENTS = {f"scan{n}": f"P{n}" for n in range(8)}
 PATTERNS = [f"{given}->{target}" for given in SEQUENCES for target in SEQUENCES if given != target]  # of translations
 ALL_PATTERNS = [f"{subset}->{target}" for subset in SUBSETS for target in SEQUENCES if target not in subset.split("+")]
 
@@ -131,3 +133,30 @@ def likeness(psnr: float, slices: int = 20, lpips: bool = False, labelled: bool 
     """SSIM psnr / 40, round the tumour 5 dB and 0.2 less, LPIPS 1 - psnr / 40; without labels no tumour."""
     local = (slices // 2, psnr - 5, psnr / 40 - 0.2) if labelled else (0, None, None)
     return Likeness(slices, psnr, psnr / 40, psnr - 1, psnr / 40 - 0.1, *local, 1 - psnr / 40 if lpips else None)
+
+
+def flat(level):
+    """Scores that depend on the patient alone."""
+    return lambda subject, subset, region: level + 0.01 * int(subject[-1])
+
+
+def noisy(level, draw, spread=0.05):
+    draws = np.random.default_rng(draw)
+    return lambda subject, subset, region: level + 0.02 * int(subject[-1]) + draws.normal(0, spread)
+
+
+def write_arms(shards, seeds=(0, 1), gain=0.05):
+    """kd and mean_teacher, some seeds each."""
+    runs = []
+    for number, (method, level) in enumerate((("kd", 0.5), ("mean_teacher", 0.5 + gain))):
+        runs += [write_run(shards, f"{method}-seed{s}", noisy(level, 10 * number + s), seed=s, method={"name": method}) for s in seeds]
+    return runs
+
+
+def pictures(folder: Path) -> list[str]:
+    """Names of the PNG files in `folder`, each of which shows something."""
+    names = sorted(path.name for path in folder.glob("*.png"))
+    for name in names:
+        pixels = matplotlib.image.imread(folder / name)
+        assert min(pixels.shape[:2]) > 200 and pixels.std() > 0.05
+    return names
