@@ -1,6 +1,5 @@
 """Scoring cases: every subset in one pass over the data, cases shared out over ranks."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +12,10 @@ from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.metrics import Reference, dice, region_masks
 from mstkd.evaluate.scoring import Score, score
-from mstkd.evaluate.sharing import shared_out
+from mstkd.evaluate.sharing import score_each
 from mstkd.evaluate.source import CaseSource
 from mstkd.shards.spec import LabelScheme, SubjectMeta
 from mstkd.subsets import Subset, part_of, subset_name
-
-log = logging.getLogger(__name__)
 
 PRESENT = "present"  # in place of a subset's name: everything that the case has
 
@@ -71,14 +68,10 @@ def score_subjects(
     `stopping` (collective) is asked before each round of `world` cases; raises Stopped when it says so.
     """
     _check_regions(scheme, source)
-
-    def rows(number: int) -> list[Row]:
-        scored = _score_case(predictor, networks, source, subjects[number], subsets, scheme, options)
-        log.info("scored %s (%d of %d)", subjects[number], number + 1, len(subjects))
-        return scored
-
     with evaluation_mode(predictor.method):
-        return shared_out(len(subjects), rows, rank, world, stopping)
+        return score_each(
+            subjects, lambda key: _score_case(predictor, networks, source, key, subsets, scheme, options), rank, world, stopping
+        )
 
 
 def whole_brain_baseline(source: CaseSource, subjects: Sequence[str]) -> dict[str, float | int | None]:

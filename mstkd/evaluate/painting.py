@@ -1,15 +1,12 @@
 """Whole volumes that a segmentation method's networks paint, against the true ones: PSNR and SSIM."""
 
-import logging
 from collections.abc import Callable, Sequence
 
 from mstkd.evaluate.inference import Predictor, evaluation_mode
-from mstkd.evaluate.sharing import shared_out
+from mstkd.evaluate.sharing import score_each
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.synthesis import IDENTICAL_DB, Completion, Likeness, psnr, ssim
 from mstkd.subsets import parse_subset
-
-log = logging.getLogger(__name__)
 
 CONVENTIONS = {
     "images": "whole volumes in the box round the brain, painted and true, in the method's intensities, clipped to [0, 1]",
@@ -27,14 +24,8 @@ def score_paintings(
 
     Collective with several ranks. `stopping` as in `shared_out`.
     """
-
-    def scores(number: int) -> list[Completion]:
-        found = _score_case(predictor, networks, source, subjects[number])
-        log.info("scored %s (%d of %d)", subjects[number], number + 1, len(subjects))
-        return found
-
     with evaluation_mode(predictor.method):
-        return shared_out(len(subjects), scores, rank, world, stopping)
+        return score_each(subjects, lambda key: _score_case(predictor, networks, source, key), rank, world, stopping)
 
 
 def _score_case(predictor: Predictor, networks: Sequence[str], source: CaseSource, key: str) -> list[Completion]:

@@ -1,13 +1,29 @@
 """Work on cases, shared out over ranks."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
 
 from mstkd.engine.stop import Stopped
 
+log = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
+
+
+def score_each(
+    subjects: Sequence[str], score: Callable[[str], list[Result]], rank: int = 0, world: int = 1, stopping: Callable[[], bool] | None = None
+) -> list[Result]:
+    """As `shared_out`, subject by subject, each said when it is scored."""
+
+    def said(number: int) -> list[Result]:
+        scores = score(subjects[number])
+        log.info("scored %s (%d of %d)", subjects[number], number + 1, len(subjects))
+        return scores
+
+    return shared_out(len(subjects), said, rank, world, stopping)
 
 
 def shared_out(

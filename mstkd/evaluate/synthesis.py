@@ -4,7 +4,6 @@ A pattern says which sequences are given and which one is looked at, e.g. "t1+t2
 """
 
 import csv
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,10 @@ from mstkd.evaluate.completion import Completer, Slices
 from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.metrics import bounding_box, region_masks
 from mstkd.evaluate.perceptual import Distance, perceptual_distance
-from mstkd.evaluate.sharing import shared_out
+from mstkd.evaluate.sharing import score_each
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import mean_known
 from mstkd.subsets import Subset, all_subsets, part_of, subset_name
-
-log = logging.getLogger(__name__)
 
 WINDOW = 11  # pixels per axis of SSIM's
 REACH = WINDOW // 2  # of a window beyond its centre
@@ -165,18 +162,12 @@ def score_completions(
 ) -> list[Completion]:  # fmt: skip
     """Scores of every subject x network x subset x sequence outside it, the same on every rank and for any number of ranks.
 
-    A pattern is left out for a case that lacks one of its sequences. COPY among the networks is the floor to beat. Without `regions` whole slices alone (cheap, for
-    validation). Collective with several ranks. `stopping` as in `shared_out`. Raises UserError: an oracle is asked for and a case has no label.
+    A pattern is left out for a case that lacks one of its sequences. COPY among the networks is the floor to beat. Without `regions`
+    whole slices alone (cheap, for validation). Collective with several ranks. `stopping` as in `shared_out`. Raises UserError: an oracle is asked for and a case has no label.
     """
     distance = perceptual_distance(completer.device) if regions else None
-
-    def scores(number: int) -> list[Completion]:
-        scored = _score_case(completer, networks, source, subjects[number], subsets, regions, distance)
-        log.info("scored %s (%d of %d)", subjects[number], number + 1, len(subjects))
-        return scored
-
     with evaluation_mode(completer.method):
-        return shared_out(len(subjects), scores, rank, world, stopping)
+        return score_each(subjects, lambda key: _score_case(completer, networks, source, key, subsets, regions, distance), rank, world, stopping)
 
 
 def _score_case(completer, networks, source, key, subsets, regions, distance) -> list[Completion]:

@@ -91,15 +91,16 @@ class Method(ABC):
 
     blocks: ClassVar[tuple[type[nn.Module], ...]] = ()  # parts of the networks that `train.recompute` runs again in the backward pass
 
+    config: BaseModel  # a `Config`
     networks: dict[str, nn.Module]  # by name, built in __init__
 
     @abstractmethod
     def __init__(self, config: BaseModel, facts: DataFacts): ...
 
     @property
-    @abstractmethod
     def intensity(self) -> IntensityConfig:
-        """The normalisation that the loader and `predict` apply."""
+        """The normalisation that the loader and `predict` apply; here the recipe's `method.intensity`."""
+        return self.config.intensity
 
     @abstractmethod
     def roles(self, stage: str) -> dict[str, Role]:

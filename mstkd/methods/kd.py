@@ -129,10 +129,6 @@ class KD(Method):
         if config.weights.feature:
             self.networks["projection"] = build_projection(self.networks["student"], self.networks["teacher"])
 
-    @property
-    def intensity(self) -> IntensityConfig:
-        return self.config.intensity
-
     @classmethod
     def check_crop(cls, config: KDConfig, crop: tuple[int, int, int], key: str = "data.crop") -> None:
         for name in cls.stages:

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
-from mstkd.config import AvailabilityConfig, IntensityConfig, OptimizerConfig, Section
+from mstkd.config import AvailabilityConfig, OptimizerConfig, Section
 from mstkd.errors import UserError
 from mstkd.losses.completion import completion_errors
 from mstkd.losses.precision import full_precision
@@ -160,10 +160,6 @@ class SliceCompletion(Method):
         check_size(facts.slice_size, config.network.bottleneck)
         settings = {**config.network.model_dump(), "mask": config.mask}
         self.networks: dict[str, nn.Module] = {name: M2DNNetwork(len(facts.sequences), facts.slice_size, **settings) for name in ("student", "network")}
-
-    @property
-    def intensity(self) -> IntensityConfig:
-        return self.config.intensity
 
     @property
     def subsets(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mstkd.batch import Progress
-from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig
+from mstkd.config import OptimizerConfig, ScheduleConfig
 from mstkd.losses.distillation import ramp_up
 from mstkd.methods import DataFacts, Method, Role
 from mstkd.methods.kd import DistillConfig, DistillStep, NetworkConfig, WeightConfig, build_network, check_divisible
@@ -43,10 +43,6 @@ class MeanTeacher(Method):
         self.channels = TumourChannels(facts.label_scheme, config.targets, config.rc_channel)
         names = ("student", "teacher")
         self.networks: dict[str, nn.Module] = {name: build_network("network", config.network, facts, self.channels.count) for name in names}
-
-    @property
-    def intensity(self) -> IntensityConfig:
-        return self.config.intensity
 
     @classmethod
     def check_crop(cls, config: MeanTeacherConfig, crop: tuple[int, int, int], key: str = "data.crop") -> None:

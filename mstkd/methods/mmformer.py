@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
-from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Section
+from mstkd.config import OptimizerConfig, ScheduleConfig, Section
 from mstkd.errors import UserError
 from mstkd.losses.dice import soft_dice
 from mstkd.losses.precision import full_precision
@@ -98,10 +98,6 @@ class MMFormerMethod(Method):
         self.config = config
         self.channels = TumourChannels(facts.label_scheme, config.targets, config.rc_channel)
         self.networks = {"student": MMFormer(facts.sequences, self.channels.count, facts.crop, **config.network.model_dump())}
-
-    @property
-    def intensity(self) -> IntensityConfig:
-        return self.config.intensity
 
     @classmethod
     def check_crop(cls, config: MMFormerConfig, crop: tuple[int, int, int], key: str = "data.crop") -> None:

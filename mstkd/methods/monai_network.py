@@ -7,7 +7,6 @@ sequences that its draw hides; the network learns the labels from the others, wi
 from torch import Tensor, nn
 
 from mstkd.batch import Batch
-from mstkd.config import IntensityConfig
 from mstkd.methods import DataFacts, Method, Role
 from mstkd.methods.kd import ArchitectureConfig, FitConfig, FitStep, build_network, check_divisible, fit_role
 from mstkd.models.segmenter import BLOCKS
@@ -37,10 +36,6 @@ class MonaiNetwork(Method):
         self.config = config
         self.channels = TumourChannels(facts.label_scheme, config.targets, config.rc_channel)
         self.networks: dict[str, nn.Module] = {"student": build_network("network", config.network, facts, self.channels.count)}
-
-    @property
-    def intensity(self) -> IntensityConfig:
-        return self.config.intensity
 
     @classmethod
     def check_crop(cls, config: MonaiNetworkConfig, crop: tuple[int, int, int], key: str = "data.crop") -> None:

@@ -190,10 +190,6 @@ class MSTKDNet(Method):
         if not config.no_gsme:
             self.networks["critic"] = StyleCritic(8 * config.network.width, config.reference_head)
 
-    @property
-    def intensity(self) -> IntensityConfig:
-        return self.config.intensity
-
     @classmethod
     def check_crop(cls, config: MSTKDNetConfig, crop: tuple[int, int, int], key: str = "data.crop") -> None:
         check_divisible(config.network, crop, key)

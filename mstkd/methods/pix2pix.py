@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
-from mstkd.config import AvailabilityConfig, IntensityConfig, OptimizerConfig, ScheduleConfig, Section
+from mstkd.config import AvailabilityConfig, OptimizerConfig, ScheduleConfig, Section
 from mstkd.errors import UserError
 from mstkd.losses.adversarial import realness_error
 from mstkd.losses.precision import full_precision
@@ -113,10 +113,6 @@ class Pix2Pix(Method):
             "student": PairGenerator(len(self.given), len(self.missing), **config.network.model_dump()),
             "critic": PatchCritic(len(facts.sequences), **config.critic.model_dump()),
         }
-
-    @property
-    def intensity(self) -> IntensityConfig:
-        return self.config.intensity
 
     @property
     def subsets(self) -> tuple[str, ...]:

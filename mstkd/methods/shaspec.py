@@ -103,10 +103,6 @@ class ShaSpec(Method):
         if config.alignment == "ce":
             self.networks["alignment"] = nn.Linear(student.domain.in_features, len(facts.sequences))
 
-    @property
-    def intensity(self) -> IntensityConfig:
-        return self.config.intensity
-
     @classmethod
     def check_crop(cls, config: ShaSpecConfig, crop: tuple[int, int, int], key: str = "data.crop") -> None:
         if tuple(crop) == STRIDE or any(size % step for size, step in zip(crop, STRIDE, strict=True)):

@@ -170,6 +170,24 @@ class SegmentStep(RoleStep):
         return StepOutput(sum(terms.values()), {name: term.detach() for name, term in terms.items()})
 
 
+def stage_steps(
+    stage: str, of: Callable[[str], Callable], teacher: Teacher, low: int, high: int, weights: WeightConfig, classes: ExclusiveClasses | None,
+    terms: Callable[[Tensor, Tensor], dict[str, Tensor]] = class_terms,
+) -> dict[str, RoleStep]:  # fmt: skip
+    """The steps of a stage by the network that each of them trains, in update order; `of` gives a network by name, as it is called."""
+    match stage:
+        case "teacher":
+            return {"teacher": TeacherStep(of("teacher"), high, weights)}
+        case "keeper":
+            return {
+                "critic": CriticStep(of("critic"), of("keeper"), teacher, low, high),
+                "keeper": KeeperStep(of("keeper"), of("critic"), teacher, low, high, weights),
+            }
+        case "fusion":
+            return {"student": SegmentStep(of("student"), of("keeper"), low, classes, terms)}
+    return {"base": SegmentStep(of("base"), None, low, classes, terms)}
+
+
 class UHFGuided(Method):
     Config = UHFGuidedConfig
     task = "segmentation"
@@ -192,10 +210,6 @@ class UHFGuided(Method):
 
     def _build(self) -> dict[str, nn.Module]:
         return build_networks(self.config, 3, self.classes.count if self.classes else 1)  # a set without labels trains teacher and keeper alone
-
-    @property
-    def intensity(self) -> IntensityConfig:
-        return self.config.intensity
 
     @property
     def subsets(self) -> tuple[str, ...]:
@@ -229,16 +243,7 @@ class UHFGuided(Method):
 
     def _steps(self, stage: str) -> dict[str, RoleStep]:
         """By the network that each of them trains, in update order."""
-        networks, low, high, weights = self.networks, self.low, self.high, self.config.weights
-        teacher, keeper, critic = (networks[name] for name in ("teacher", "keeper", "critic"))
-        match stage:
-            case "teacher":
-                return {"teacher": TeacherStep(teacher, high, weights)}
-            case "keeper":
-                return {"critic": CriticStep(critic, keeper, teacher, low, high), "keeper": KeeperStep(keeper, critic, teacher, low, high, weights)}
-            case "fusion":
-                return {"student": SegmentStep(networks["student"], keeper, low, self.classes)}
-        return {"base": SegmentStep(networks["base"], None, low, self.classes)}
+        return stage_steps(stage, self.networks.__getitem__, self.networks["teacher"], self.low, self.high, self.config.weights, self.classes)
 
     def needs(self, stage: str) -> dict[str, str]:
         return {"keeper": {"teacher": "teacher"}, "fusion": {"keeper": "keeper", "base": "base"}}.get(stage, {})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mstkd.batch import Batch, Progress, StepOutput
 from mstkd.losses.classes import class_dice, weighted_cross_entropy
 from mstkd.methods import RoleStep
-from mstkd.methods.uhf_guided import CriticStep, KeeperStep, SegmentStep, TeacherStep, UHFGuided, UHFGuidedConfig, build_networks, segmented
+from mstkd.methods.uhf_guided import UHFGuided, UHFGuidedConfig, build_networks, segmented, stage_steps
 from mstkd.models.uhf_planes import Planes, cut, draw_slices, slice_by_slice
 from mstkd.targets import ExclusiveClasses, SidelessClasses
 
@@ -86,17 +86,9 @@ class UHFGuided2D(UHFGuided):
 
     def _plane_steps(self, stage: str, plane: str) -> dict[str, RoleStep]:
         """As `_steps`, of one plane; what they train is reached through `Planes`, which registers it."""
-        low, high, weights = self.low, self.high, self.config.weights
-        student, base, reconstruct, keeper, critic = (self._of(name, plane) for name in ("student", "base", "teacher", "keeper", "critic"))
-        teacher, classes, terms = self.networks["teacher"].planes[plane], self.plane_classes[plane], partial(slice_terms, absent=self.config.absent)
-        match stage:
-            case "teacher":
-                return {"teacher": TeacherStep(reconstruct, high, weights)}
-            case "keeper":
-                return {"critic": CriticStep(critic, keeper, teacher, low, high), "keeper": KeeperStep(keeper, critic, teacher, low, high, weights)}
-            case "fusion":
-                return {"student": SegmentStep(student, keeper, low, classes, terms)}
-        return {"base": SegmentStep(base, None, low, classes, terms)}
+        teacher, terms = self.networks["teacher"].planes[plane], partial(slice_terms, absent=self.config.absent)
+        of = partial(self._of, plane=plane)
+        return stage_steps(stage, of, teacher, self.low, self.high, self.config.weights, self.plane_classes[plane], terms)
 
     def _of(self, name: str, plane: str) -> Callable:
         return partial(self.networks[name], plane)

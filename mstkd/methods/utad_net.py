@@ -214,10 +214,6 @@ class SliceTranslation(Method):
     facts: DataFacts
 
     @property
-    def intensity(self) -> IntensityConfig:
-        return self.config.intensity
-
-    @property
     def subsets(self) -> tuple[str, ...]:
         return tuple(sorted(self.facts.sequences, key=lambda name: (*PREFERRED, name).index(name)))
 
