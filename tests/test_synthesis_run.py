@@ -18,7 +18,7 @@ from mstkd.evaluate.perceptual import perceptual_distance
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.synthesis import copied
 from mstkd.evaluate.weights import open_run
-from mstkd.methods.utad_net import Masks
+from mstkd.methods._translation import Masks
 
 CELL = {"psnr", "ssim", "local_psnr", "local_ssim", "n", "local_n", "brain_psnr", "brain_ssim"}
 

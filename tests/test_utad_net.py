@@ -17,7 +17,7 @@ from mstkd.engine.teacher import load_weights
 from mstkd.errors import UserError
 from mstkd.losses.translation import tumour_image
 from mstkd.methods import build, load
-from mstkd.methods.utad_net import Task, critic_terms, draw_targets, observed, transfer
+from mstkd.methods._translation import Task, critic_terms, draw_targets, observed, transfer
 from mstkd.teacher_source import stages_left_out
 
 NAMES = tuple(SIZES)

@@ -163,7 +163,8 @@ def score_completions(
     """Scores of every subject x network x subset x sequence outside it, the same on every rank and for any number of ranks.
 
     A pattern is left out for a case that lacks one of its sequences. COPY among the networks is the floor to beat. Without `regions`
-    whole slices alone (cheap, for validation). Collective with several ranks. `stopping` as in `shared_out`. Raises UserError: an oracle is asked for and a case has no label.
+    whole slices alone (cheap, for validation). Collective with several ranks. `stopping` as in `shared_out`.
+    Raises UserError: an oracle is asked for and a case has no label.
     """
     distance = perceptual_distance(completer.device) if regions else None
     with evaluation_mode(completer.method):

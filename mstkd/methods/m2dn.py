@@ -25,7 +25,7 @@ from mstkd.errors import UserError
 from mstkd.losses.completion import completion_errors
 from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Method, Role, RoleStep
-from mstkd.methods.utad_net import TanhIntensity
+from mstkd.methods._translation import TanhIntensity
 from mstkd.models.diffusion import Diffusion, Move, Noise, ancestral, complete, ddim
 from mstkd.models.m2dn import M2DNNetwork, ModalityDecoder, ModalityEncoder, Residual
 from mstkd.subsets import all_subsets, parse_subset, proper, subset_name

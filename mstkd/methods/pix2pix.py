@@ -17,16 +17,15 @@ from mstkd.errors import UserError
 from mstkd.losses.adversarial import realness_error
 from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Method, Role, RoleStep
+from mstkd.methods._translation import CriticConfig, NetworkConfig, TanhIntensity, check_size
 from mstkd.methods.m2dn import given_subsets
-from mstkd.methods.utad_net import NetworkConfig, TanhIntensity, check_size
 from mstkd.models.critics import PatchCritic, initialise
 from mstkd.models.utad_net import Decoder, Double, Encoder, Up
 from mstkd.subsets import parse_subset
 
 
-class CriticConfig(Section):
-    width: int = Field(64, ge=1)  # channels after the first convolution
-    layers: int = Field(4, ge=1)  # each halves the pixels per axis
+class PatchCriticConfig(CriticConfig):
+    layers: int = Field(4, ge=1)
 
 
 class Pix2PixWeights(Section):
@@ -36,7 +35,7 @@ class Pix2PixWeights(Section):
 
 class Pix2PixConfig(Section):
     network: NetworkConfig = NetworkConfig()
-    critic: CriticConfig = CriticConfig()
+    critic: PatchCriticConfig = PatchCriticConfig()
     subset: str | None = None  # what is given, e.g. t1+t2; default: all but the last sequence
     weights: Pix2PixWeights = Pix2PixWeights()
     intensity: TanhIntensity = TanhIntensity()

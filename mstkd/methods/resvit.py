@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from mstkd.config import Section
-from mstkd.methods import DataFacts, Role
-from mstkd.methods.utad_net import SliceTranslation, Task, TranslationConfig, build_critics, check_size
+from mstkd.methods._translation import PlainTranslation, TranslationConfig, check_size
 from mstkd.models.resvit import STRIDE, Attending, Residual, ResViTGenerator
 
 
@@ -43,24 +42,15 @@ class ResViTConfig(TranslationConfig):
     network: NetworkConfig = NetworkConfig()
 
 
-class ResViT(SliceTranslation):
+class ResViT(PlainTranslation):
     Config = ResViTConfig
-    stages = ("train",)
-    scored = ("student",)
     blocks = (Residual, Attending)
     paper = "Dalmaz et al., IEEE TMI 2022"
     reproduces = "the generator, unpaired and without ImageNet weights; no table"
 
-    def __init__(self, config: ResViTConfig, facts: DataFacts):
-        check_size(facts, STRIDE, "resvit")
-        self.config, self.facts = config, facts
-        self.networks: dict[str, nn.Module] = {
-            "student": ResViTGenerator(len(facts.sequences), facts.slice_size, **config.network.model_dump()),
-            "critics": build_critics(config, facts, ("whole",)),
-        }
-
-    def roles(self, stage: str) -> dict[str, Role]:
-        return self.roles_of("student", Task(len(self.facts.sequences)))
+    def generator(self) -> nn.Module:
+        check_size(self.facts, STRIDE, "resvit")
+        return ResViTGenerator(len(self.facts.sequences), self.facts.slice_size, **self.config.network.model_dump())
 
 
 METHOD = ResViT

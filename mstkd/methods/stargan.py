@@ -8,8 +8,7 @@ left out. Unpaired, and without any mask.
 
 from torch import nn
 
-from mstkd.methods import DataFacts, Role
-from mstkd.methods.utad_net import NetworkConfig, SliceTranslation, Task, TranslationConfig, build_critics, check_size
+from mstkd.methods._translation import NetworkConfig, PlainTranslation, TranslationConfig, check_size
 from mstkd.models.utad_net import Double, Generator, Up
 
 
@@ -17,24 +16,16 @@ class StarGANConfig(TranslationConfig):
     network: NetworkConfig = NetworkConfig()
 
 
-class StarGAN(SliceTranslation):
+class StarGAN(PlainTranslation):
     Config = StarGANConfig
-    stages = ("train",)
-    scored = ("student",)
     blocks = (Double, Up)
     paper = "Choi et al., CVPR 2018"
     reproduces = "the scheme, with UTAD-Net's global branch and critic; no table"
 
-    def __init__(self, config: StarGANConfig, facts: DataFacts):
-        check_size(facts, 2**config.network.levels, f"method.network.levels {config.network.levels}")
-        self.config, self.facts = config, facts
-        self.networks: dict[str, nn.Module] = {
-            "student": Generator(len(facts.sequences), **config.network.model_dump(), branches="global"),
-            "critics": build_critics(config, facts, ("whole",)),
-        }
-
-    def roles(self, stage: str) -> dict[str, Role]:
-        return self.roles_of("student", Task(len(self.facts.sequences)))
+    def generator(self) -> nn.Module:
+        network = self.config.network
+        check_size(self.facts, 2**network.levels, f"method.network.levels {network.levels}")
+        return Generator(len(self.facts.sequences), **network.model_dump(), branches="global")
 
 
 METHOD = StarGAN
