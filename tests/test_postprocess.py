@@ -177,6 +177,8 @@ def test_what_it_cannot_do_is_one_line(run, rule, sequences, scheme, message):
 class Constant:
     """A method whose logits are the window's mean of the first sequence."""
 
+    painters = ()
+
     def predict(self, image, available, network):
         return image[:, :1].mean((2, 3, 4), keepdim=True).expand(-1, 3, *image.shape[2:]).clone()
 
