@@ -153,6 +153,12 @@ def test_a_rank_without_data_ends_all_ranks_after_a_save(two_ranks, tmp_path):
     assert (tmp_path / "latest").read_text().strip() == "step-00000003"
 
 
+def test_a_batch_that_the_method_does_not_take_ends_all_ranks_after_a_save(two_ranks, tmp_path):
+    replies = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), method={"at_most": 2})
+    assert replies == ["UserError: more than 2 sequences", "FailedElsewhereError: rank 0 failed and says why"]
+    assert (tmp_path / "latest").read_text().strip() == "step-00000002"
+
+
 def test_skipped_samples_are_counted_over_all_ranks_and_attempts(two_ranks, tmp_path):
     run = lambda **more: two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path), bad=[[2, 0], [3, 1], [5, 1], [8, 0]], **more)  # noqa: E731
     replies = run(max_bad_samples=2)

@@ -64,6 +64,19 @@ def test_stages_as_a_chain_find_what_they_need_and_an_evaluation_comes_last(devc
     assert set(json.loads((run / "evaluation/summary.json").read_text())["mean"]) == {"WT", "TC", "ET"}
 
 
+def test_a_translation_is_a_chain_of_a_teacher_a_student_and_an_evaluation(devcluster, phantom_shards, cluster, tmp_path):
+    words = [
+        f"data.shards={phantom_shards}", "data.slices={size: 16, min_brain: 0.1}", "method.network={width: 4, levels: 2}", "method.critic={width: 4, layers: 3}",
+        "train.steps=2", "validate={every_steps: 2, max_cases: 1, subsets: [t1]}", f"runs_dir={tmp_path / 'runs'}",
+    ]  # fmt: skip
+    *stages, evaluation = submit(devcluster, tmp_path, "utad_net_phantom", words, "--stages", "all", cluster=cluster)
+    run = tmp_path / "runs/utad_net_phantom"
+    completed(devcluster, evaluation, run)
+    assert len(stages) == 2 and endings(run) == ["finished", "finished"]
+    summaries = {name: json.loads((run / "evaluation" / f"{name}.json").read_text()) for name in ("summary", "summary_teacher")}
+    assert len(summaries["summary"]["patterns"]) == 12 and summaries["summary_teacher"]["oracle"] and not summaries["summary"].get("oracle")
+
+
 def test_a_failing_first_stage_ends_the_chain_with_its_reason(devcluster, toy, cluster, tmp_path):
     teacher, student, evaluation = submit(with_path(devcluster), tmp_path, toy, ["method.fail_at=2"], "--stages", "all", cluster=cluster)
     run = tmp_path / "runs/toy"

@@ -1,9 +1,12 @@
 """UTAD-Net and its baselines trained by the engine: the same on one rank, on two, and in a plain loop; who updates whom, and how often."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from small_utad import START, make, make_batch, passes
+from safetensors.numpy import load_file
+from small_utad import NETWORKS, START, make, make_batch, passes
 
 from mstkd.engine.frozen import freeze, frozen
 from mstkd.engine.seeding import reseed
@@ -111,3 +114,26 @@ def test_baselines_train_on_two_ranks(name, two_ranks):
     first, second = two_ranks.run("utad_ranks.py", "train", stage="train", name=name, count=3, n_critic=2, train={"zero_stage": 1})
     assert first["updates"] == {"critics": 3, "generator": 1} and furthest(first["after"], second["after"]) == 0
     assert all(not same(first["before"][network], first["after"][network]) for network in ("student", "critics"))
+
+
+def test_a_run_that_is_cut_in_the_students_stage_ends_as_the_whole_one(two_ranks, phantom_shards, tmp_path):
+    """Both roles, the odd step between two updates of the generator, and the frozen teacher of the stage before."""
+    section = {"name": "utad_net", "network": NETWORKS["utad_net"], "critic": {"width": 4, "layers": 3}, "n_critic": 2}
+    words = [
+        f"method={json.dumps(section)}", f"data.shards={phantom_shards}", "data.slices={size: 16, min_brain: 0.1}", "train.deterministic=true",
+        "train.steps={teacher: 2, student: 7}", "train.log_every=1", "checkpoint.every_steps=100", "validate={every_steps: 100, max_cases: 1, subsets: [t1]}",
+    ]  # fmt: skip
+    runs = {name: [*words, f"runs_dir={tmp_path / name}"] for name in ("whole", "cut")}
+    whole = two_ranks.run("train_ranks.py", "run", recipe="utad_net_phantom", overrides=runs["whole"])[0]
+    stopped = two_ranks.run("train_ranks.py", "run", recipe="utad_net_phantom", overrides=runs["cut"], stop_at=3)[0]
+    assert stopped["stopped_by"] == "SIGTERM" and 3 + 2 <= len(stopped["curve"]) < len(whole["curve"])
+    rest = two_ranks.run("train_ranks.py", "run", recipe="utad_net_phantom", overrides=runs["cut"])[0]
+    assert rest["curve"] == whole["curve"]
+    ends = [load_file(weights(tmp_path / name / "utad_net_phantom", "student")) for name in ("whole", "cut")]
+    assert same(*ends) and len(ends[0]) > 10
+
+
+def weights(run, stage: str):
+    """The consolidated generator of a stage."""
+    checkpoints = run / stage / "checkpoints"
+    return next((checkpoints / (checkpoints / "best").read_text().strip()).glob("generator*.safetensors"))

@@ -104,6 +104,8 @@ class Trainer:
         with self.meter.clock.part("data_wait"):
             try:
                 micro_batches = next(batches)
+                for _, batch in micro_batches:
+                    self.stage.method.check_available(batch.available)
             except Exception as error:
                 problem = error
         self.heartbeat.at("agree")

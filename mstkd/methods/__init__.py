@@ -127,6 +127,9 @@ class Method(ABC):
     def check_stage(self, stage: str) -> None:
         """Raise UserError where the data lacks what `stage` trains on; asked of every stage to be trained, before anything is written."""
 
+    def check_available(self, available: Tensor) -> None:
+        """Raise UserError where what samples show, (B, M) bool, is not what the method takes; asked of every micro-batch on the host, where it keeps no GPU waiting."""
+
     def painted(self, network: str) -> tuple[str, str]:
         """What one of `painters` is given, and which sequence it predicts: an image (B, 1, ...) in the method's intensities, which end at 0 and 1."""
         raise NotImplementedError(f"{type(self).__name__} names no painters")

@@ -115,7 +115,6 @@ class CriticsStep(RoleStep):
         self.task, self.config = task, config
 
     def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
-        refuse_several(batch.available)
         image, source = observed(batch.image, batch.available)
         target = draw_targets(source, self.task.sequences, self.config.target_sampling)
         mask = None if self.task.masks is None else self.task.masks(labels(batch))
@@ -189,6 +188,11 @@ class SliceTranslation(Method):
             "generator": Role(making, (name,), borrows=("critics",), every=self.config.n_critic, **common),
         }
 
+    def check_available(self, available: Tensor) -> None:
+        counts = sorted(set(available.sum(1).tolist()))
+        if counts != [1]:
+            raise UserError(f"data.availability: a slice is translated from exactly one sequence, and samples here have {counts}; use kind single")
+
     def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
         if network in self.oracles:
             raise UserError(f"network {network}: it needs the tumour mask of the slice that it translates; take the student, which needs none")
@@ -197,7 +201,7 @@ class SliceTranslation(Method):
     @torch.no_grad()
     def completed(self, image: Tensor, available: Tensor, network: str, task: Task, mask: Tensor | None = None) -> Tensor:
         """(B, M, S, S): the available sequence as it was given, the others as `network` translates it."""
-        refuse_several(available)
+        self.check_available(available)
         given, source = observed(image, available)
         rows, whole = torch.arange(len(image), device=image.device), torch.empty_like(image)
         whole[rows, source] = given[:, 0]
@@ -228,13 +232,6 @@ def observed(image: Tensor, available: Tensor) -> tuple[Tensor, Tensor]:
     """The one available sequence of each sample, (B, 1, S, S), and its index (B,)."""
     source = available.int().argmax(1)
     return image[torch.arange(len(image), device=image.device), source][:, None], source
-
-
-def refuse_several(available: Tensor) -> None:
-    """Raise UserError unless each sample (B, M) has exactly one sequence."""
-    if not bool((available.sum(1) == 1).all()):
-        counts = sorted(set(available.sum(1).tolist()))
-        raise UserError(f"data.availability: a slice is translated from exactly one sequence, and samples here have {counts}; use kind single")
 
 
 def labels(batch: Batch) -> Tensor:

@@ -168,6 +168,14 @@ class SliceCompletion(Method):
     def availability(self, stage: str) -> AvailabilityConfig:
         return AvailabilityConfig(kind="proper") if self.config.unified else AvailabilityConfig(kind="fixed", subsets=list(self._subsets))
 
+    def check_available(self, available: Tensor) -> None:
+        if not bool((available.any(1) & ~available.all(1)).all()):
+            everything = bool(available.all(1).any())
+            raise UserError(
+                f"data.availability: a sample has {'every sequence, and nothing is to be completed' if everything else 'no sequence to complete from'}; "
+                "give at least one and leave out at least one (kind: proper)"
+            )
+
     def roles(self, stage: str) -> dict[str, Role]:
         optimizer = OptimizerConfig(name="adam", lr=1e-4, betas=(0.9, 0.999))
         averages = {"averages": {"student": "network"}, "decay": self.config.decay, "ramp": RAMP}
@@ -200,6 +208,7 @@ class M2DN(SliceCompletion):
     @torch.no_grad()
     def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
         """Raises UserError where a sample (B, M) has nothing or everything available. Fresh noise is a function of torch's CPU generator."""
+        self.check_available(available)
         sampler = self.config.sampler
         seed = 0 if sampler.noise == "shared" else int(torch.randint(2**63 - 1, (), device="cpu"))
         noise = Noise(torch.Generator(image.device).manual_seed(seed), sampler.noise == "shared")
@@ -207,13 +216,7 @@ class M2DN(SliceCompletion):
 
 
 def missing_of(available: Tensor) -> Tensor:
-    """v (B, M) float, 1 = missing, from (B, M) bool, True = available. Raises UserError where all or none of a sample's sequences are."""
-    if not bool((available.any(1) & ~available.all(1)).all()):
-        everything = bool(available.all(1).any())
-        raise UserError(
-            f"data.availability: a sample has {'every sequence, and nothing is to be completed' if everything else 'no sequence to complete from'}; "
-            "give at least one and leave out at least one (kind: proper)"
-        )
+    """v (B, M) float, 1 = missing, from (B, M) bool, True = available."""
     return (~available).float()
 
 

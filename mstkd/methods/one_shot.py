@@ -28,6 +28,7 @@ class OneShot(SliceCompletion):
 
     @torch.no_grad()
     def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
+        self.check_available(available)
         missing = missing_of(available)
         gone = hidden(missing)
         seen = image.masked_fill(gone, self.intensity.hidden_value)

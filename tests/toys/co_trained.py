@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from mstkd.batch import StepOutput
 from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Section
+from mstkd.errors import UserError
 from mstkd.methods import Method, Role, RoleStep
 
 
@@ -49,6 +50,7 @@ class CoTrained(Method):
         nan_at: list[int] = []
         critic_every: int = 1
         width: int = 8
+        at_most: int = 4  # sequences that a sample may show
 
     task, stages = "segmentation", ("distill",)
     intensity = IntensityConfig()
@@ -58,6 +60,10 @@ class CoTrained(Method):
         m = len(facts.sequences)
         critic = nn.Sequential(nn.Conv3d(3, 4, 3, stride=2), nn.LeakyReLU(0.2), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 1))
         self.networks = {"teacher": network(m, config.width), "student": network(m, config.width), "critic": critic}
+
+    def check_available(self, available):
+        if int(available.sum(1).max()) > self.config.at_most:
+            raise UserError(f"more than {self.config.at_most} sequences")
 
     def roles(self, stage):
         adam = OptimizerConfig(lr=1e-2)
