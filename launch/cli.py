@@ -153,8 +153,8 @@ def predict(
     output: Annotated[Path, typer.Option(help="Folder to create.")],
     spec: Annotated[str | None, typer.Option(help="How files are named. Default: as in the run's data set.")] = None,
     postprocess: Postprocess = None,
-    given: Annotated[str | None, typer.Option(help="Synthesis: show the network these sequences, e.g. flair, or one drawn per case: drawn.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of --given drawn.")] = 0,
+    given: Annotated[str | None, typer.Option(help="Synthesis: show the network these sequences, e.g. flair, or per case one drawn: drawn, any subset drawn: uniform.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of --given drawn and uniform.")] = 0,
     complete: Annotated[Path | None, typer.Option(metavar="RUN", help="Segmentation: complete each case by this synthesis run first.")] = None,
     splits: Annotated[Path | None, typer.Option(help="Synthesis, shard sets: who is trained, validated and tested on in the completed set.")] = None,
 ) -> None:
