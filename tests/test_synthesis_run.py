@@ -76,7 +76,7 @@ def test_the_folder_holds_report_costs_and_pictures(run):
     shown = matplotlib.image.imread(folder / "completed_best.png")[..., :3]
     assert ((shown[..., 0] > 0.9) & (shown[..., 1:] < 0.1).all(-1)).sum() > 500  # the red lines round the tumour
     cost = read(folder / "cost.json")["student"]
-    assert cost["predictions"] == 2 * 4 and 0 < cost["seconds_per_slice"] < cost["seconds_per_case"]
+    assert cost["predictions"] == 2 * 4 and 0 < cost["seconds_per_slice"] < cost["seconds_per_case"] and cost["peak_memory_gib"] > 0
 
 
 def test_the_floor_is_a_given_sequence_in_place_of_the_missing_one(run):

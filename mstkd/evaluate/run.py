@@ -16,6 +16,7 @@ from mstkd.data.store import ShardStore
 from mstkd.engine import backend
 from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
+from mstkd.engine.figures import peak_memory_gib
 from mstkd.errors import UserError
 from mstkd.evaluate import features, fused, painting, synthesis
 from mstkd.evaluate.cases import score_subjects, whole_brain_baseline
@@ -343,11 +344,15 @@ def _write_summaries(folder: Path, summaries: dict[str, dict[str, Any]]) -> None
 
 
 def _cost(predictor: Predictor | Completer) -> dict[str, Any]:
-    """By network: how long one case took from one subset, completion included, and where slices are completed one slice; on this rank."""
+    """By network: how long one case took from one subset, completion included, and where slices are completed one slice; on this rank.
+
+    The peak is the whole evaluation's: of the GPU's memory, without one what the process holds at its end.
+    """
     front = predictor.completion_seconds if isinstance(predictor, CompletingPredictor) else None
     cost = {}
     for network, seconds in predictor.seconds.items():
         cost[network] = {"seconds_per_case": float(np.mean(seconds)) + (front or 0), "predictions": len(seconds), "device": predictor.device.type}
+        cost[network]["peak_memory_gib"] = peak_memory_gib(predictor.device)
         if front is not None:
             cost[network]["completion_seconds_per_case"] = front
         if isinstance(predictor, Completer):
