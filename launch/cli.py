@@ -108,6 +108,9 @@ for command in (plan, status, logs, cancel, study):
 @app.command()
 def evaluate(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run folder.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys of how it predicts: inference.*, evaluate.*, a sampler's.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Another shard set than the run's own.")] = None,
     split: Annotated[str, typer.Option(help="Which subjects of it: test or val.")] = "test",
     allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Score cases that training saw; the report says so.")] = False,
@@ -122,6 +125,8 @@ def evaluate(
 
     Example: mstkd evaluate runs/mst_kdnet_phantom
 
+    Example: mstkd evaluate runs/m2dn_phantom method.sampler.samples=8
+
     Example: mstkd evaluate --pred predictions --ref labels --spec brats2018
     """
     if (run is None) == (pred is None):
@@ -129,7 +134,7 @@ def evaluate(
     if run is not None:
         from mstkd.evaluate.run import evaluate_on_ranks
 
-        evaluate_on_ranks(run, data, split, allow_overlap, postprocess, complete)
+        evaluate_on_ranks(run, data, split, allow_overlap, postprocess, complete, overrides or [])
     else:
         if ref is None or spec is None:
             raise UserError("mstkd evaluate --pred: --ref DIR and --spec NAME are needed too")
@@ -148,8 +153,8 @@ def predict(
     output: Annotated[Path, typer.Option(help="Folder to create.")],
     spec: Annotated[str | None, typer.Option(help="How files are named. Default: as in the run's data set.")] = None,
     postprocess: Postprocess = None,
-    given: Annotated[str | None, typer.Option(help="Synthesis: show the network these sequences, e.g. flair, or one drawn per case: drawn.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of --given drawn.")] = 0,
+    given: Annotated[str | None, typer.Option(help="Synthesis: show the network these sequences, e.g. flair, or per case one drawn: drawn, any subset drawn: uniform.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of --given drawn and uniform.")] = 0,
     complete: Annotated[Path | None, typer.Option(metavar="RUN", help="Segmentation: complete each case by this synthesis run first.")] = None,
     splits: Annotated[Path | None, typer.Option(help="Synthesis, shard sets: who is trained, validated and tested on in the completed set.")] = None,
 ) -> None:

@@ -7,7 +7,7 @@ import typer
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, evaluated; those that differ only in seed form one arm.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, evaluated, or another evaluation in one; those that differ only in seed form one arm.")],
     baseline: Annotated[
         str | None, typer.Option(metavar="RUN-OR-ARM", help="What the others are compared with. Default: the first run's arm.")
     ] = None,

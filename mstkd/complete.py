@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mstkd.config import AvailabilityConfig
 from mstkd.data.availability import Availability
-from mstkd.data.sample import Item, Sample
+from mstkd.data.sample import Item, Sample, rng
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
 from mstkd.evaluate.completion import Completer
@@ -34,9 +34,10 @@ from mstkd.shards.raw_case import grid_sequence
 from mstkd.shards.shard_writer import add_member, shard_entry, subject_entry, tar_writer, whole_file
 from mstkd.shards.spec import BRAIN, FILE_LABEL, IMAGE, LABEL, META, ShardEntry, ShardIndex, SubjectEntry
 from mstkd.shards.splits import read_explicit_splits
-from mstkd.subsets import Subset, largest_given, parse_subset, part_of, possible_subsets, subset_name
+from mstkd.subsets import Subset, largest_given, parse_subset, part_of, possible_subsets, proper, subset_name
 
 DRAWN = "drawn"  # one sequence per subject, drawn from the seed
+UNIFORM = "uniform"  # so is a subset that leaves something out, each that the method takes equally likely
 DESCRIPTION = "SYNTHETIC (mstkd), not measured"  # in the header
 
 
@@ -44,14 +45,15 @@ class Given:
     """Which sequences of a case the network is shown."""
 
     def __init__(self, run: TrainedRun, wanted: str | None = None, seed: int = 0):
-        """`wanted`: a subset by name, "drawn", or None for as many as the method takes. Raises UserError on an unknown sequence."""
+        """`wanted`: a subset by name, "drawn", "uniform", or None for as many as the method takes. Raises UserError on an unknown sequence."""
         self._sequences, self._allowed, self._seed = run.facts.sequences, run.method.subsets, seed
         self.replaces = wanted is not None  # a shard set then keeps nothing but what is given
         self._draws = Availability(AvailabilityConfig(kind="single"), self._sequences) if wanted == DRAWN else None
+        self._uniform = wanted == UNIFORM
         try:
-            self._wanted = None if wanted in (None, DRAWN) else parse_subset(wanted, self._sequences)
+            self._wanted = None if wanted in (None, DRAWN, UNIFORM) else parse_subset(wanted, self._sequences)
         except UserError as error:
-            raise UserError(f"--given: {error}, or give {DRAWN}") from None
+            raise UserError(f"--given: {error}, or give {DRAWN} or {UNIFORM}") from None
         if self._wanted is not None and self._wanted not in possible_subsets(self._sequences, self._allowed):
             raise UserError(f"--given {wanted}: this run's network takes {', '.join(self._allowed)}; choose one of them")
 
@@ -59,12 +61,21 @@ class Given:
         """The subset for a case that has `present`. Raises UserError where the case cannot be shown to the network."""
         if self._draws is not None:
             return self._draws.draw(self._seed, Item(0, 0, subject), present)
+        if self._uniform:
+            return self._any_part(subject, present)
         if self._wanted is None:
             return largest_given(subject, self._sequences, self._allowed, present)
         if not part_of(self._wanted, present):
             lacks = subset_name(self._sequences, tuple(w and not p for w, p in zip(self._wanted, present, strict=True)))
             raise UserError(f"{subject}: lacks {lacks}, which --given asks for; leave --given out to use what each case has")
         return self._wanted
+
+
+    def _any_part(self, subject: str, present: Subset) -> Subset:
+        taken = [subset for subset in proper(possible_subsets(self._sequences, self._allowed)) if part_of(subset, present)]
+        if not taken:
+            raise UserError(f"{subject}: has {subset_name(self._sequences, present)}, and this run's network needs {', '.join(self._allowed)}")
+        return taken[int(rng(self._seed, subject, UNIFORM).integers(len(taken)))]
 
 
 def complete(

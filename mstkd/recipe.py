@@ -42,6 +42,12 @@ def parse_override(override: str) -> tuple[str, Any]:
         raise UserError(f"override {override!r}: the value is not valid YAML; quote it") from None
 
 
+def written_override(key: str, value: Any) -> str:
+    """What `parse_override` reads as (key, value), for plain data."""
+    plain = isinstance(value, str) and yaml.safe_load(value) == value
+    return f"{key}={value if plain else json.dumps(value)}"
+
+
 def read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
     """A YAML mapping and the line of every dotted key in it."""
     try:

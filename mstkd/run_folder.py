@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase as fnmatch
 from importlib import metadata
@@ -68,12 +70,30 @@ def best_steps(folder: Path) -> dict[str, str]:
     return {pointer.parent.parent.name: pointer.read_text().strip() for pointer in sorted(Path(folder).glob("*/checkpoints/best"))}
 
 
-def read_run_config(folder: Path) -> RunConfig:
-    """The resolved configuration of a run folder. Raises UserError if it is not one."""
+def read_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The resolved configuration of a run folder, with dotted overrides. Raises UserError if it is not one."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    return read_recipe(path)
+    return read_recipe(path, overrides)
+
+
+def evaluation_folder(run: Path, places: Sequence[str], split: str, named: Sequence[str]) -> Path:
+    """<run>/evaluation/<data>-<split>[-<what is `named`>]/, where an evaluation of shard sets at `places` lies that is not the run's own."""
+    data = "+".join(place.rpartition("/")[2] for place in places)
+    return Path(run) / "evaluation" / "-".join([data, split, *(re.sub(r"[^\w.=+-]+", "-", name) for name in named)])
+
+
+def check_prediction(before: RunConfig, now: RunConfig, sampling: Sequence[str]) -> None:
+    """Raise UserError naming the first key whose change would ask for another training; `sampling`: see `Method.sampling`."""
+    free = ("inference", "evaluate", *(f"method.{key}" for key in sampling))
+    old, new = dict(leaves(resolved(before))), dict(leaves(resolved(now)))
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key) and not any(fnmatch(key, name) or fnmatch(key, f"{name}.*") for name in free):
+            raise UserError(
+                f"{key}={new.get(key)}: {before.name} was trained with {old.get(key)}; only {', '.join(f'{name}.*' for name in free)} can be changed "
+                "afterwards: train another run with it"
+            )
 
 
 def check_same(before: RunConfig, now: RunConfig) -> None:

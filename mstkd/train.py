@@ -36,7 +36,7 @@ from mstkd.engine.startup import Startup
 from mstkd.engine.stop import StopFlag, stop_signals, weightier
 from mstkd.engine.teacher import FrozenNetworks, identities, load_weights
 from mstkd.engine.trainer import Trainer
-from mstkd.engine.warm_start import warm_start
+from mstkd.engine.warm_start import check_order, warm_start
 from mstkd.errors import FailedElsewhereError, TrainingError, UserError
 from mstkd.evaluate.overlap import refuse_overlap
 from mstkd.evaluate.validation import Validation
@@ -118,6 +118,7 @@ def prepare(config: RunConfig, ranks: Ranks, slices: SliceIndex | None) -> Run:
         method.check_crop(method.config, config.inference.window, "inference.window")
     if config.init_from:
         safetensors_of(Path(config.init_from))
+        check_order(Path(config.init_from), method, training.sequences)
     return Run(config, method, training, list(stages), given, Validation(config, training.stores, ranks, method.subsets), ranks)
 
 

@@ -132,7 +132,7 @@ def write_translation(
 def likeness(psnr: float, slices: int = 20, lpips: bool = False, labelled: bool = True) -> Likeness:
     """SSIM psnr / 40, round the tumour 5 dB and 0.2 less, LPIPS 1 - psnr / 40; without labels no tumour."""
     local = (slices // 2, psnr - 5, psnr / 40 - 0.2) if labelled else (0, None, None)
-    return Likeness(slices, psnr, psnr / 40, psnr - 1, psnr / 40 - 0.1, *local, 1 - psnr / 40 if lpips else None)
+    return Likeness(slices, psnr, psnr / 40, psnr - 1, psnr / 40 - 0.1, *local, lpips=1 - psnr / 40 if lpips else None)
 
 
 def flat(level):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 
 import nibabel as nib
 import numpy as np
@@ -11,11 +12,12 @@ import yaml
 from tiny_shards import write_set
 from trained_run import make_run, write_run
 
-from mstkd.complete import complete
+from mstkd.complete import Given, complete
 from mstkd.data.store import ShardStore
 from mstkd.data.training import open_stores
 from mstkd.errors import UserError
 from mstkd.evaluate.run import evaluate_run
+from mstkd.evaluate.weights import open_run
 from mstkd.launch.cli import main
 from mstkd.run_folder import read_run_config
 from mstkd.shards.parts import write_json
@@ -127,6 +129,18 @@ def test_a_completed_set_is_sound_and_marked(root, completed):
             assert 0 <= stats.min < stats.max <= 1
 
 
+def test_any_subset_can_be_drawn_and_each_is_of_what_the_subject_has(root):
+    many = open_run(write_run(root, "many", {"name": "toys.copying"}, None, {"size": 32}), tasks=("synthesis",))
+    draw, names = Given(many, "uniform", seed=1), [f"subject-{n}" for n in range(1400)]
+    counts = Counter(draw(name, (True,) * 4) for name in names)
+    assert len(counts) == 14 and all(60 < count < 145 for count in counts.values())  # every one that leaves something out
+    assert [draw(name, (True,) * 4) for name in names] == [Given(many, "uniform", seed=1)(name, (True,) * 4) for name in names]
+    assert len({Given(many, "uniform", seed=seed)(names[0], (True,) * 4) for seed in range(30)}) > 5
+    assert {draw(name, (True, False, True, False)) for name in names} == {(True, False, False, False), (False, False, True, False), (True, False, True, False)}
+    single = Given(open_run(root / "runs" / "copying", tasks=("synthesis",)), "uniform")
+    assert {single(name, (True, True, False, False)) for name in names} == {(True, False, False, False), (False, True, False, False)}
+
+
 def test_without_a_choice_what_was_measured_stays(run, tmp_path):
     write_set(tmp_path / "set", [["a", "b"], ["c"]], val=("a",), test=("c",), present={"b": ("flair", "t1"), "c": ("t1",)})
     complete(run, tmp_path / "set", tmp_path / "out")
@@ -175,6 +189,11 @@ def test_the_completed_set_takes_other_splits(root, run, tmp_path):
     (tmp_path / "seen.json").write_text(json.dumps(seen))
     with pytest.raises(UserError, match=f"test subject {min(trained)}: copying was trained or validated on {min(trained)} .*choose others with --splits"):
         complete(run, root / "shards", tmp_path / "third", splits=tmp_path / "seen.json")
+    other = shutil.copytree(root / "shards", tmp_path / "reversed")
+    index = json.loads((other / "index.json").read_text())
+    (other / "index.json").write_text(json.dumps({**index, "sequences": index["sequences"][::-1]}))
+    with pytest.raises(UserError, match="reversed: has sequences t2, t1ce, t1, flair; the run was trained on flair, t1, t1ce, t2"):
+        complete(run, other, tmp_path / "third")
     with pytest.raises(UserError, match="--splits: .* is no shard set"):
         complete(run, root / "nifti", tmp_path / "third", splits=tmp_path / "down.json")
 

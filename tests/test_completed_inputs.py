@@ -99,5 +99,11 @@ def test_what_does_not_fit_is_refused(root, tmp_path):
         evaluate_run(copying, complete=copying)
     with pytest.raises(UserError, match="evaluate.complete: .*is not a run folder"):
         evaluate_run(toy, complete=tmp_path)
+    other = shutil.copytree(copying, root / "runs" / "reversed")
+    record = json.loads((other / "record.json").read_text())
+    record["data"]["sequences"].reverse()
+    (other / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="reversed: completes t2, t1ce, t1, flair; toy was trained on flair, t1, t1ce, t2, in that order"):
+        evaluate_run(toy, complete=other)
     with pytest.raises(UserError, match="training subject"):
         evaluate_run(toy, split="train", complete=copying)

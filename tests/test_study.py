@@ -31,7 +31,9 @@ MSTKD = Path(sys.executable).parent / "mstkd"
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
 TESTS = Path(__file__).parent
 PACKAGED = sorted(path.stem for path in recipe_folder().glob("study_*.yaml"))
-QUESTIONS = {"study_phantom": ("mst_kdnet", "student_only"), "study_utad_phantom": ("utad_net", "stargan")}
+QUESTIONS = {
+    "study_phantom": ("mst_kdnet", "student_only"), "study_utad_phantom": ("utad_net", "stargan"), "study_m2dn_phantom": ("m2dn", "one_shot"),
+}  # fmt: skip
 DEADLINE_S = 600
 
 
@@ -55,10 +57,10 @@ def write(folder, **changes) -> str:
 @pytest.mark.parametrize("name", PACKAGED)
 def test_every_arm_of_a_packaged_study_is_a_recipe_with_the_same_budget(name):
     study = load_study(name)
-    assert len({len(arm.tune) for arm in study.arms.values()}) == 1
+    assert len({len(arm.tune) for arm in study.arms.values() if arm.of is None}) == 1
     for arm in study.arms:
         assert RunConfig.model_validate(run_config(study, arm, "shards", "run", 1)).seed == 1
-    assert study.cohort.test >= 16 and len(study.seeds) >= 3 and (study.method, study.baseline) == QUESTIONS[name]
+    assert study.cohort.test >= 8 and len(study.seeds) >= 3 and (study.method, study.baseline) == QUESTIONS[name]
 
 
 def test_arms_of_translation_share_all_but_what_they_are_for_and_take_equally_many_steps():
@@ -99,6 +101,10 @@ def test_sections_are_laid_over_each_other():
     ({}, ["common.train.stps=3"], "arm light: unknown key train.stps; did you mean 'steps'?"),
     ({}, ["method=light"], "method and baseline are both 'light'; name two arms"),
     ({}, ["seeds=[1, 1]"], "seeds [1, 1]: give different ones from 0, none of them tuning.seed 1000"),
+    ({}, ["arms.light.of=heavier"], "arms.light.of: 'heavier' is no arm that is trained; those are heavy"),
+    ({}, ["arms.light.of=light"], "arms.light.of: 'light' is no arm that is trained; those are heavy"),
+    ({}, ["arms.light.of=heavy", "arms.light.recipe={}"], "arms.light: changes nothing of heavy; say in its recipe how it predicts"),
+    ({}, ["arms.light.of=heavy"], "arms.light: is another evaluation of heavy, with what that was tuned to; remove tune"),
     ({}, ["arms.light.block=C"], "arms.light.block: Input should be 'A' or 'B'"),
     ({}, ["seeds=[]"], "override 'seeds=[]': seeds: List should have at least 1 item"),
     ({}, ["cohrt=3"], "override 'cohrt=3': unknown key cohrt; did you mean 'cohort'?"),
@@ -136,6 +142,13 @@ def test_controlled_arms_see_the_same_intensities_and_share_the_students_first_w
 def test_a_method_that_cannot_be_compared_is_refused_before_anything_is_made(tmp_path, method, message):
     arms = {"light": {"recipe": {"method": method}}, "heavy": {"recipe": {"method": {"name": "toys.two_stage"}}}}
     with pytest.raises(UserError, match=re.escape(message)):
+        run_study(load_study(write(tmp_path, arms=arms)), print)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_evaluation_cannot_change_what_was_trained(tmp_path):
+    arms = {"light": {"recipe": {"method": {"name": "toys.copying"}}}, "heavy": {"of": "light", "recipe": {"train": {"steps": 9}}}}
+    with pytest.raises(UserError, match=r"arm heavy: train.steps=9: light was trained with 3; only inference.\*, evaluate.\*, method.noise.\* can be changed"):
         run_study(load_study(write(tmp_path, arms=arms)), print)
     assert not (tmp_path / "runs").exists()
 
@@ -218,7 +231,10 @@ def test_a_failed_run_is_named_and_the_others_have_their_turn(tmp_path):
 def test_a_study_of_synthesis_goes_from_cohort_to_comparison(tmp_path):
     method = {"name": "toys.copying", "given": ["t1", "flair"]}
     tune = [{"train": {"roles": {"both": {"optimizer": {"name": "adam", "lr": lr}}}}} for lr in (1e-4, 1e-2)]
-    arms = {"plain": {"recipe": {"method": method}, "tune": tune}, "noisy": {"recipe": {"method": {**method, "noise": 0.2}}, "tune": tune}}
+    arms = {
+        "plain": {"recipe": {"method": method}, "tune": tune}, "noisy": {"recipe": {"method": {**method, "noise": 0.2}}, "tune": tune},
+        "shaken": {"of": "plain", "recipe": {"method": {"noise": 0.1}}},
+    }  # fmt: skip
     common = {
         "data": {"slices": {"size": 32}, "workers": 0}, "train": {"global_batch": 2, "steps": 2, "precision": "fp32"},
         "validate": {"subsets": ["t1"], "max_cases": 1},
@@ -231,8 +247,14 @@ def test_a_study_of_synthesis_goes_from_cohort_to_comparison(tmp_path):
         assert len(found["scores"]) == 2 and all(-1 < score < 1 for score in found["scores"]), (arm, found)  # SSIM
         assert found["scores"][found["chosen"]] == max(found["scores"])
     rows = list(csv.DictReader((folder / "comparison" / "compare.csv").open()))
-    assert {"plain", "noisy", "plain teacher", "noisy teacher"} <= {row["arm"] for row in rows}
-    assert {row["measure"] for row in rows} == {"psnr", "ssim", "local_psnr", "local_ssim"} and {row["pattern"] for row in rows} >= {"t1->t2", "flair->t2"}
+    assert {row["arm"] for row in rows} == {"plain", "noisy", "plain teacher", "noisy teacher", "shaken", "shaken teacher", "copy"}
+    assert not (folder / "runs" / "shaken-seed7").exists()
+    again = folder / "runs" / "plain-seed7" / "evaluation" / "shards-test-method.noise=0.1"
+    evaluated = (again / "summary.json").stat().st_mtime_ns
+    (again.parent / "summary.json").unlink()  # as if it had been interrupted in that evaluation
+    code, said = ended(start(recipe))
+    assert code == 0 and "1 of 2 runs are done" in said and "1 of 1 runs are done" in said and (again / "summary.json").stat().st_mtime_ns == evaluated
+    assert {row["measure"] for row in rows} == {"psnr", "ssim", "local_psnr", "local_ssim", "z_gradient", "spectrum_db"} and {row["pattern"] for row in rows} >= {"t1->t2", "flair->t2"}
     tests = list(csv.DictReader((folder / "comparison" / "primary.csv").open()))
     assert [test["family"] for test in tests] == ["primary", "primary", "exploratory", "exploratory"] and {test["arm"] for test in tests} == {"plain"}
     assert not any("Dice" in path.read_text() for path in (folder / "comparison").glob("*.csv")) and "Dice" not in said

@@ -20,7 +20,7 @@ from mstkd.evaluate.synthesis import copied
 from mstkd.evaluate.weights import open_run
 from mstkd.methods._translation import Masks
 
-CELL = {"psnr", "ssim", "local_psnr", "local_ssim", "n", "local_n", "brain_psnr", "brain_ssim"}
+CELL = {"psnr", "ssim", "local_psnr", "local_ssim", "n", "local_n", "brain_psnr", "brain_ssim", "z_gradient", "spectrum_db"}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_summary_is_the_mean_of_the_cases(run):
     for pattern, cell in summary["patterns"].items():
         mine = [row for row in rows if (row["network"], row["pattern"]) == ("student", pattern)]
         assert cell["n"] == len(mine) == 2 and cell["local_n"] == sum(int(row["local_slices"]) > 0 for row in mine)
-        for key in ("psnr", "ssim", "brain_psnr", "brain_ssim"):
+        for key in ("psnr", "ssim", "brain_psnr", "brain_ssim", "z_gradient", "spectrum_db"):
             assert cell[key] == pytest.approx(np.mean([float(row[key]) for row in mine]))
     for key in ("psnr", "ssim"):
         assert summary["mean"][key] == pytest.approx(np.mean([cell[key] for cell in summary["patterns"].values()]))
@@ -69,13 +69,14 @@ def test_the_folder_holds_report_costs_and_pictures(run):
     assert html.count("data:image/png;base64,") == 4 and html.count("<td>t1ce-&gt;t2</td>") == 2 and "teacher (oracle)" in html
     assert f"<td class=\"first\">{read(folder / 'summary.json')['mean']['psnr']:.2f}</td>" in html
     assert not re.search(r'(?:src|href)="(?!data:)', html)
+    assert html.count("z gradient</th>") == 3 and f"<td class=\"first\">{read(folder / 'summary.json')['mean']['z_gradient']:.4f}</td>" in html
     for name in pictures:
         pixels = matplotlib.image.imread(folder / name)
         assert min(pixels.shape[:2]) > 200 and pixels.std() > 0.05
     shown = matplotlib.image.imread(folder / "completed_best.png")[..., :3]
     assert ((shown[..., 0] > 0.9) & (shown[..., 1:] < 0.1).all(-1)).sum() > 500  # the red lines round the tumour
     cost = read(folder / "cost.json")["student"]
-    assert cost["predictions"] == 2 * 4 and 0 < cost["seconds_per_slice"] < cost["seconds_per_case"]
+    assert cost["predictions"] == 2 * 4 and 0 < cost["seconds_per_slice"] < cost["seconds_per_case"] and cost["peak_memory_gib"] > 0
 
 
 def test_the_floor_is_a_given_sequence_in_place_of_the_missing_one(run):

@@ -24,8 +24,8 @@ from mstkd.run_folder import FREE, leaves
 
 OWN_SUBSET = "method.subset"  # of a method with one run per subset
 # What does not make another arm: the seed, names, and what may change within one run. Another way of predicting does.
-IGNORED = ({*FREE} | {"name", "seed"}) - {"inference", "teacher.path"}
-PATHS = ("teacher.path", "init_from")
+IGNORED = ({*FREE} | {"name", "seed"}) - {"inference", "teacher.path"}  # all of `evaluate` but what completes the input
+PATHS = ("teacher.path", "init_from", "evaluate.complete")
 LABEL_KEYS = 2  # more differing keys than that: the run's own name is the shorter label
 
 
@@ -166,7 +166,8 @@ def _patient_means(runs: Sequence[EvaluatedRun], axes: Axes, figure: str) -> NDA
 def _settings(run: EvaluatedRun) -> dict[str, Any]:
     """What makes a run's recipe, by dotted key: without seed, names, places and what changes no update."""
     values = dict(leaves(resolved(run.config)))
-    kept = {key: value for key, value in values.items() if not any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in IGNORED)}
+    ignored = lambda key: any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in IGNORED)  # noqa: E731
+    kept = {key: value for key, value in values.items() if key in PATHS or not ignored(key)}
     for key in PATHS:
         if kept.get(key):  # each seed may have a teacher of its own
             kept[key] = without_seed(PurePath(kept[key]).name, run.config.seed)

@@ -30,10 +30,10 @@ def costs(arm: Arm) -> Costs:
     """The costs of an arm; parameters as in its first run. What was not trained has none."""
     if not arm.seeds:
         return Costs(None, None, None, (), None, ())
-    counts = parameter_counts(arm.runs[0].folder)
-    hours = [training_hours(run.folder) for run in arm.runs]
-    timed = [cost for run in arm.runs if (cost := prediction_cost(run.folder, run.network))]
-    ranks = {attempt.world_size for run in arm.runs for attempt in attempts.read(run.folder)}
+    counts = parameter_counts(arm.runs[0].trained)
+    hours = [training_hours(run.trained) for run in arm.runs]
+    timed = [cost for run in arm.runs if (cost := prediction_cost(run.evaluation, run.network))]
+    ranks = {attempt.world_size for run in arm.runs for attempt in attempts.read(run.trained)}
     return Costs(
         scored_parameters=counts.get(arm.runs[0].network),
         trained_parameters=sum(counts.values()) or None,
@@ -66,9 +66,9 @@ def training_hours(run_dir: Path) -> float | None:
     return sum(max(span, 0.0) for span in spans) / 3600 if spans else None
 
 
-def prediction_cost(run_dir: Path, network: str) -> dict | None:
+def prediction_cost(evaluation: Path, network: str) -> dict | None:
     """What the evaluation noted of this network's predictions; None if it noted nothing."""
-    path = Path(run_dir) / "evaluation" / "cost.json"
+    path = Path(evaluation) / "cost.json"
     return json.loads(path.read_text()).get(network) if path.is_file() else None
 
 

@@ -61,6 +61,8 @@ DICE = Unit("Dice %", "Dice, percentage points", factor=100)
 HD95 = Unit("HD95 mm")
 PSNR = Unit("PSNR dB", "PSNR, dB", digits=2, colours_end=0.1)
 SSIM = Unit("SSIM", "SSIM", digits=4, colours_end=0.005)
+Z_GRADIENT = Unit("z gradient", "z gradient", digits=4, colours_end=0.005, larger_is_better=False)
+SPECTRUM = Unit("spectrum dB", "spectrum, dB", digits=2, colours_end=0.1, larger_is_better=False)
 LPIPS = Unit("LPIPS", "LPIPS", digits=4, colours_end=0.005, larger_is_better=False)
 
 COMPLETION = (  # of a completed sequence
@@ -68,6 +70,8 @@ COMPLETION = (  # of a completed sequence
     Measure("ssim", "SSIM", SSIM),
     Measure("local_psnr", "local PSNR", PSNR, primary=False, local=True),
     Measure("local_ssim", "local SSIM", SSIM, primary=False, local=True),
+    Measure("z_gradient", "z gradient", Z_GRADIENT, primary=False),
+    Measure("spectrum_db", "spectrum", SPECTRUM, primary=False),
     Measure("lpips", "LPIPS", LPIPS, primary=False),
 )
 

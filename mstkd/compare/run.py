@@ -34,7 +34,7 @@ def compare(
 ) -> Comparison:
     """Compare evaluated runs on the test split of their own data, patient by patient, and write the result into `out`.
 
-    `runs`: run folders, grouped into arms by their recipes, or {label: run folders}. `baseline` and `primary` are an arm's
+    `runs`: run folders, or folders of other evaluations inside them, grouped into arms by their recipes, or {label: folders}. `baseline` and `primary` are an arm's
     label or one of its runs: the first arm, and every other one, by default; with several other arms `primary` names the
     one whose tests were fixed before looking. What is not ranked stands beside the arms: oracles that an evaluation
     scored, and the copy of a given sequence. `published`: tables of papers to print beside ours. `shards`: where the
@@ -55,7 +55,7 @@ def compare(
     replicates = Replicates(len(axes.patients), seed)
     comparison = Comparison(
         task=everything[0].task,
-        out=Path(out) if out else everything[0].folder.parent / _name(arms, base),
+        out=Path(out) if out else everything[0].trained.parent / _name(arms, base),
         baseline=base.label,
         arms={arm.label: _summary(arm, axes) for arm in arms},
         patterns=axes.patterns,
@@ -125,7 +125,7 @@ def _write(comparison: Comparison, arms: Sequence[Arm]) -> None:
     files = [*write_tables(comparison), *drawn.values(), comparison.out / "compare.html"]
     write_report(files[-1], comparison, drawn)
     first = arms[0].runs[0]
-    with open_comparison(first.config, first.folder, comparison.out.name) as tracker:
+    with open_comparison(first.config, first.trained, comparison.out.name) as tracker:
         tracker.set_tags({"baseline": comparison.baseline, "runs": ", ".join(name for arm in comparison.arms.values() for name in arm.runs)})
         for cell in comparison.cells.values():
             if cell.pattern == MEAN:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mstkd.compare.tasks import TASKS, CaseScore, Task
-from mstkd.config import RunConfig
+from mstkd.config import RunConfig, read_recipe
 from mstkd.errors import UserError
 from mstkd.run_folder import best_steps, read_record, read_run_config
 
@@ -24,9 +24,11 @@ Scores = dict[str, dict[str, dict[str, CaseScore]]]  # pattern -> subject -> mea
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """A run folder with its evaluation on the test split of its own data, by one network."""
+    """A run with one of its evaluations on a test split, by one network."""
 
-    folder: Path
+    folder: Path  # as it was given: the run's, or that of another evaluation inside it
+    trained: Path  # the run's folder
+    evaluation: Path  # the folder of the evaluation's files
     config: RunConfig
     data: dict[str, Any]  # the record's data facts: names, sequences, digest
     task: Task
@@ -57,36 +59,54 @@ class EvaluatedRun:
 
 
 def read_run(folder: Path) -> EvaluatedRun:
-    """The evaluation in `folder`/evaluation. Raises UserError: no run, not evaluated, another task, files that disagree."""
+    """The evaluation of the run in `folder`, or the one in `folder` itself, which `mstkd evaluate` put inside a run.
+
+    Raises UserError: no run, not evaluated, not on a test split, another task, files that disagree.
+    """
     folder = Path(folder)
-    config, data = read_run_config(folder), read_record(folder)["data"]
-    rows_path, summary_path = (folder / "evaluation" / name for name in ("per_case.csv", "summary.json"))
+    trained, evaluation = _places(folder)
+    own = evaluation / "config.yaml"
+    config, data = read_recipe(own) if own.is_file() else read_run_config(trained), read_record(trained)["data"]
+    rows_path, summary_path = (evaluation / name for name in ("per_case.csv", "summary.json"))
     if not (rows_path.is_file() and summary_path.is_file()):
         raise UserError(f"{folder}: not evaluated on its test split yet; run `mstkd evaluate {folder}` first")
     if not evaluated_since(folder):
-        raise UserError(f"{folder}: was trained on after its evaluation; run `mstkd evaluate {folder}` again")
-    rows = _read_rows(rows_path, folder)
+        raise UserError(f"{folder}: was trained on after its evaluation; run `mstkd evaluate {trained}` again")
+    rows, summary = _read_rows(rows_path, trained), json.loads(summary_path.read_text())
+    if summary["split"] != "test":
+        raise UserError(f"{folder}: is of the split {summary['split']}; compare evaluations of test splits")
     task = _task(rows_path, rows)
     first, *others = list(dict.fromkeys(row["network"] for row in rows))
 
     def scored(network: str, summary: dict[str, Any]) -> EvaluatedRun:
-        scores = _scores(task, [row for row in rows if row["network"] == network], rows_path, folder)
-        _check_agreement(folder, task, scores, summary)
+        scores = _scores(task, [row for row in rows if row["network"] == network], rows_path, trained)
+        _check_agreement(evaluation, task, scores, summary)
         texts, mark = summary["conventions"], ORACLE if summary.get("oracle") else ""
         ours, notes = ({key: text for key, text in texts.items() if (key in NOTES) == noted} for noted in (False, True))
-        return EvaluatedRun(folder, config, data, task, network, scores, ours, notes, mark)
+        return EvaluatedRun(folder, trained, evaluation, config, data, task, network, scores, ours, notes, mark)
 
-    run = scored(first, json.loads(summary_path.read_text()))
-    summaries = {network: folder / "evaluation" / f"summary_{network}.json" for network in others}
+    run = scored(first, summary)
+    summaries = {network: evaluation / f"summary_{network}.json" for network in others}
     read = {network: json.loads(path.read_text()) for network, path in summaries.items() if path.is_file()}
     oracles = [scored(network, summary) for network, summary in read.items() if summary.get("oracle")]
     return replace(run, references=(*oracles, *_copies(run)))
 
 
 def evaluated_since(folder: Path) -> bool:
-    """Whether the evaluation in `folder`/evaluation is one of its present best weights; without a note of whose it is, it is taken as such."""
-    noted = Path(folder) / "evaluation" / "weights.json"
-    return not noted.is_file() or json.loads(noted.read_text()) == best_steps(folder)
+    """Whether the evaluation of a run in `folder`, or in `folder` itself, is one of its present best weights.
+
+    Without a note of whose it is, it is taken as such.
+    """
+    trained, evaluation = _places(Path(folder))
+    noted = evaluation / "weights.json"
+    return not noted.is_file() or json.loads(noted.read_text()) == best_steps(trained)
+
+
+def _places(folder: Path) -> tuple[Path, Path]:
+    """The run's folder and its evaluation's; `folder` is one of the two."""
+    if (folder / "summary.json").is_file():
+        return next((parent for parent in folder.absolute().parents if (parent / "record.json").is_file()), folder), folder
+    return folder, folder / "evaluation"
 
 
 def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
@@ -185,21 +205,21 @@ def _scores(task: Task, rows: Sequence[Mapping[str, str]], path: Path, folder: P
     return scores
 
 
-def _check_agreement(folder: Path, task: Task, scores: Scores, summary: dict[str, Any]) -> None:
+def _check_agreement(evaluation: Path, task: Task, scores: Scores, summary: dict[str, Any]) -> None:
     """An evaluation that was cut short, or a file put in by hand, must not pass."""
     for pattern, key, mean, count in task.means(summary):
         cases = [case[key].value for case in scores.get(pattern, {}).values() if key in case and np.isfinite(case[key].value)]
         if len(cases) != count or (count and not np.isclose(np.mean(cases), mean, rtol=0, atol=1e-9)):
-            raise UserError(f"{folder}/evaluation: per_case.csv and summary.json disagree on {pattern}, {key}; run `mstkd evaluate {folder}` again")
+            raise UserError(f"{evaluation}: per_case.csv and summary.json disagree on {pattern}, {key}; run `mstkd evaluate` again")
 
 
 def _copies(run: EvaluatedRun) -> list[EvaluatedRun]:
     """The copy of a given sequence, if the evaluation scored it; it must be on the run's own cases."""
-    path = run.folder / "evaluation" / COPY
+    path = run.evaluation / COPY
     if not path.is_file():
         return []
-    scores = _scores(run.task, _read_rows(path, run.folder), path, run.folder)
+    scores = _scores(run.task, _read_rows(path, run.trained), path, run.trained)
     cases, ours = ({(pattern, subject) for pattern, found in one.items() for subject in found} for one in (scores, run.scores))
     if cases != ours:
-        raise UserError(f"{path}: holds other cases than per_case.csv; run `mstkd evaluate {run.folder}` again")
+        raise UserError(f"{path}: holds other cases than per_case.csv; run `mstkd evaluate {run.trained}` again")
     return [replace(run, network="copy", scores=scores, notes={}, mark=FLOOR)]

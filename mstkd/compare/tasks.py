@@ -87,7 +87,7 @@ class Synthesis(Task):
 
     name, evidence = "synthesis", "psnr"
     pattern, measure, score, title, truth = "pattern", "measure", "score", "PSNR and SSIM", "slices"
-    legend, change = "PSNR in dB, SSIM from 0 to 1, LPIPS lower is better", "in the same units"
+    legend, change = "PSNR in dB, SSIM from 0 to 1; of z gradient, spectrum and LPIPS lower is better", "in the same units"
     printed, ours, columns = ("Score",), "means over patterns", ("score",)
 
     def patterns(self, sequences):
@@ -99,7 +99,7 @@ class Synthesis(Task):
     def scores(self, row):
         for measure in COMPLETION:
             slices = int(row["local_slices" if measure.local else "slices"])
-            yield row["pattern"], measure.key, CaseScore(float(row[measure.key] or nan), slices)
+            yield row["pattern"], measure.key, CaseScore(float(row.get(measure.key) or nan), slices)
 
     def means(self, summary):
         for pattern, cell in summary["patterns"].items():

@@ -7,8 +7,24 @@ from safetensors.torch import load_file
 
 from mstkd.errors import UserError
 from mstkd.methods import Method
+from mstkd.run_folder import read_record
 
 log = logging.getLogger(__name__)
+
+
+def check_order(source: Path, method: Method, sequences: tuple[str, ...]) -> None:
+    """Raise UserError if networks of the run `source` know one of their first channels as another sequence than these.
+
+    What a file of weights was trained on is not known; it passes, as methods do whose networks know sequences by name.
+    """
+    if not source.is_dir() or method.any_order:
+        return
+    theirs = tuple(read_record(source)["data"]["sequences"])
+    if any(one != other for one, other in zip(theirs, sequences, strict=False)):
+        raise UserError(
+            f"init_from {source}: was trained on {', '.join(theirs)}, in that order, and this set has {', '.join(sequences)}: its channels would be taken for "
+            "others; build the set in that order, or give the run's .safetensors file to take the weights as they are"
+        )
 
 
 def warm_start(method: Method, files: list[Path]) -> None:

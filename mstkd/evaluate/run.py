@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from rich.console import Console
 
 from mstkd.console import log_to_console
@@ -15,6 +16,7 @@ from mstkd.data.store import ShardStore
 from mstkd.engine import backend
 from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
+from mstkd.engine.figures import peak_memory_gib
 from mstkd.errors import UserError
 from mstkd.evaluate import features, fused, painting, synthesis
 from mstkd.evaluate.cases import score_subjects, whole_brain_baseline
@@ -33,7 +35,7 @@ from mstkd.evaluate.synthesis import (
     COPY, Completion, decibels, four_digits, print_likeness, score_completions, summarise_completions, write_completions,
 )  # fmt: skip
 from mstkd.evaluate.weights import TrainedRun, open_run
-from mstkd.run_folder import best_steps
+from mstkd.run_folder import best_steps, evaluation_folder, recorded
 from mstkd.subsets import Subset, possible_subsets, proper, subset_name
 from mstkd.track import open_evaluation
 
@@ -44,7 +46,7 @@ ORACLE = {"oracle": "this network was given the labels of these cases, which a u
 
 def evaluate_on_ranks(
     run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, postprocess: str | None = None,
-    complete: Path | None = None,
+    complete: Path | None = None, overrides: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """`evaluate_run`, cases shared out over the ranks that a launcher started."""
     ranks = resolve_environment()
@@ -53,32 +55,32 @@ def evaluate_on_ranks(
         backend.start(ranks)
     try:
         with agreed(ranks):
-            evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world, postprocess, complete)
+            evaluate_run(run_dir, data, split, allow_overlap, ranks.rank, ranks.world, postprocess, complete, overrides)
     finally:
         backend.shutdown()
 
 
 def evaluate_run(
     run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, rank: int = 0, world: int = 1,
-    postprocess: str | None = None, complete: Path | None = None,
+    postprocess: str | None = None, complete: Path | None = None, overrides: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Score a run's best weights for every subset of sequences or views and write `<run>/evaluation/`; returns summary.json.
 
     `data` is another shard set than the run's own, `postprocess` another rule than its `inference.postprocess`, `complete` a synthesis run
-    instead of its `evaluate.complete`. Raises
+    instead of its `evaluate.complete`; `overrides` change other keys of its recipe that say how it predicts. Raises
     UserError: no run, no such split, other sequences, regions or classes, cases that training saw (unless `allow_overlap`
     or the recipe's `data.allow_overlap`). Collective with several ranks; rank 0 writes.
     """
-    run = open_run(run_dir, tasks=tuple(TASKS), painters=True).postprocessed(postprocess)
-    chosen = str(complete) if complete else run.config.evaluate.complete
-    front = _front(run, chosen) if chosen else None
+    changes = [*overrides, *([f"evaluate.complete={complete}"] if complete else [])]
+    run = open_run(run_dir, tasks=tuple(TASKS), painters=True, overrides=changes).postprocessed(postprocess)
+    front = _front(run, run.config.evaluate.complete) if run.config.evaluate.complete else None
     source = CaseSource([ShardStore(data)]) if data else run.source
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
     notes = _overlap_note(run, source, split, allow_overlap) | (_overlap_note(front, source, split, allow_overlap) if front else {})
     subsets = _subsets(run, front)
     notes |= _untrained_note(run, subsets) if subsets and not front else {}
-    named = [*([postprocess] if postprocess else []), *([complete.name] if complete else [])]
+    named = [*([postprocess] if postprocess else []), *([complete.name] if complete else []), *overrides]
     job = Evaluation(run, front, source, split, subjects, subsets, _networks(run), notes, _folder(run, source, split, named), rank, world)
     summaries = (_evaluate_paintings if job.networks[0] in run.method.painters else TASKS[run.method.task])(job)
     return summaries[job.networks[0]]
@@ -136,6 +138,8 @@ class Evaluation:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "summary.json").unlink(missing_ok=True)
         write_json(self.folder / "weights.json", best_steps(self.run.folder))
+        if self.folder.parent != self.run.folder:  # not the run's own, which its recipe describes
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(recorded(self.run.config), sort_keys=False))
 
     def finish(
         self, summaries: dict[str, dict], facts: dict[str, str], drawn: dict[str, Path], template: str, print_summary: Callable[[dict, str], None]
@@ -329,11 +333,9 @@ def _networks(run: TrainedRun) -> list[str]:
 def _folder(run: TrainedRun, source: CaseSource, split: str, named: Sequence[str]) -> Path:
     """evaluation/ for the run's own test split as its recipe says, evaluation/<data>-<split>[-<what is `named`>]/ for anything else."""
     own, here = ([store.place for store in stores] for stores in (run.source.stores, source.stores))
-    folder = run.folder / "evaluation"
-    name = "+".join(place.rpartition("/")[2] for place in here)
-    if named:
-        return folder / "-".join([name, split, *named])
-    return folder if own == here and split == "test" else folder / f"{name}-{split}"
+    if own == here and split == "test" and not named:
+        return run.folder / "evaluation"
+    return evaluation_folder(run.folder, here, split, named)
 
 
 def _write_summaries(folder: Path, summaries: dict[str, dict[str, Any]]) -> None:
@@ -342,11 +344,15 @@ def _write_summaries(folder: Path, summaries: dict[str, dict[str, Any]]) -> None
 
 
 def _cost(predictor: Predictor | Completer) -> dict[str, Any]:
-    """By network: how long one case took from one subset, completion included, and where slices are completed one slice; on this rank."""
+    """By network: how long one case took from one subset, completion included, and where slices are completed one slice; on this rank.
+
+    The peak is the whole evaluation's: of the GPU's memory, without one what the process holds at its end.
+    """
     front = predictor.completion_seconds if isinstance(predictor, CompletingPredictor) else None
     cost = {}
     for network, seconds in predictor.seconds.items():
         cost[network] = {"seconds_per_case": float(np.mean(seconds)) + (front or 0), "predictions": len(seconds), "device": predictor.device.type}
+        cost[network]["peak_memory_gib"] = peak_memory_gib(predictor.device)
         if front is not None:
             cost[network]["completion_seconds_per_case"] = front
         if isinstance(predictor, Completer):

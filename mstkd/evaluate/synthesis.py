@@ -7,6 +7,7 @@ import csv
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mstkd.evaluate.perceptual import Distance, perceptual_distance
 from mstkd.evaluate.sharing import score_each
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import mean_known
+from mstkd.evaluate.texture import radial_spectrum, spectrum_error, z_gradient_error
 from mstkd.subsets import Subset, all_subsets, part_of, subset_name
 
 WINDOW = 11  # pixels per axis of SSIM's
@@ -34,6 +36,7 @@ REACH = WINDOW // 2  # of a window beyond its centre
 IDENTICAL_DB = 100.0  # PSNR of identical images, which has no end
 WHOLE = (slice(None), slice(None))
 COUNTS = ("n", "local_n")
+EXTRA = {"z_gradient": "z\ngradient", "spectrum_db": "spectrum\ndB", "lpips": "LPIPS"}  # key -> heading; in summaries where every case has them
 COPY = "copy"  # in place of a network: the first of the given sequences, taken for the one that is missing
 
 Image = NDArray[np.float32]  # (S, S) in [0, 1]
@@ -52,6 +55,8 @@ class Likeness:
     local_slices: int = 0  # those that show WT
     local_psnr: float | None = None  # in the rectangle round WT
     local_ssim: float | None = None
+    z_gradient: float | None = None  # error of the gradient through the slices, per step, in the brain
+    spectrum_db: float | None = None  # log-spectral distance
     lpips: float | None = None
 
 
@@ -130,24 +135,36 @@ def whole_tumour(case: Slices, source: CaseSource) -> NDArray[np.bool_]:
 class Truth:
     """What completed slices of a case are measured against, with the work that no completion changes done once."""
 
+    case: Slices
     images: Tensor  # (K, M, S, S) in [0, 1]
     brain: list[Box | None]  # by slice
     local: list[Box | None]
 
     @classmethod
     def of(cls, completer: Completer, case: Slices, source: CaseSource) -> "Truth":
-        return cls(completer.unit(case.image), [rectangle(mask) for mask in case.brain.numpy()], [rectangle(mask) for mask in whole_tumour(case, source)])
+        boxes = ([rectangle(mask) for mask in masks] for masks in (case.brain.numpy(), whole_tumour(case, source)))
+        return cls(case, completer.unit(case.image), *boxes)
+
+    @cached_property
+    def spectra(self) -> NDArray[np.float64]:
+        """(K, M, S // 2)."""
+        return radial_spectrum(self.images.numpy())
 
     def likeness(self, completed: Tensor, channel: int, regions: bool, distance: Distance | None) -> Likeness:
         """Of channel `channel` of the completed stack (K, M, S, S); without `regions` over whole slices alone."""
-        pairs = list(zip(completed[:, channel].numpy(), self.images[:, channel].numpy(), strict=True))
+        made, true = completed[:, channel].numpy(), self.images[:, channel].numpy()
+        pairs = list(zip(made, true, strict=True))
         maps = [(_squared_error(*pair), _ssim_map(*pair)) for pair in pairs]  # once, whatever part is looked at
         whole = _means(maps, [WHOLE] * len(maps))
         if not regions:
             return Likeness(len(maps), *whole)
         far = distance and float(np.mean(distance(completed[:, channel], self.images[:, channel])))
         shown = len([box for box in self.local if box is not None])
-        return Likeness(len(maps), *whole, *_means(maps, self.brain), shown, *_means(maps, self.local), far)
+        texture = (
+            z_gradient_error(made, true, self.case.brain.numpy(), self.case.position),
+            float(spectrum_error(radial_spectrum(made), self.spectra[:, channel]).mean()),
+        )
+        return Likeness(len(maps), *whole, *_means(maps, self.brain), shown, *_means(maps, self.local), *texture, far)
 
 
 def _means(maps: Sequence[tuple[NDArray, NDArray]], boxes: Sequence[Box | None]) -> tuple[float | None, float | None]:
@@ -204,6 +221,10 @@ def conventions(slices: SliceConfig, intensity: IntensityConfig, perceptual: boo
         "ssim": "range 1, Gaussian window of 11 x 11, sigma 1.5, mean over the windows inside the image; slices and cases as for psnr",
         "local": "in the smallest rectangle round WT in that slice, sides under 11 pixels grown to 11; slices without WT are left out, local_n cases have some",
         "brain": "in the smallest rectangle round the brain in that slice",
+        "z_gradient": "mean absolute difference between the gradients through the slices of completed and true images, per step from a slice to the next, "
+        "in the brain; flicker raises it; lower is better",
+        "spectrum_db": "root mean square over rings of spatial frequency of the difference in dB between the slices' power spectra; blur and noise raise "
+        "it; lower is better",
         "lpips": "AlexNet, images repeated to three channels in [-1, 1]; lower is better"
         if perceptual
         else "not measured: the package lpips and the weights of AlexNet are not installed here, and nothing is downloaded",
@@ -225,7 +246,8 @@ def summarise_completions(
     for row in completions:
         if np.isnan(row.score.psnr):
             raise UserError(f"network {row.network}: what it makes of case {row.subject} from {row.given} is not a number; look at the loss of its training")
-    patterns = {pattern: _cell(scores) for pattern, scores in cells.items()}
+    extra = [key for key in EXTRA if all(getattr(row.score, key) is not None for row in completions)]
+    patterns = {pattern: _cell(scores, extra) for pattern, scores in cells.items()}
     missing: dict[int, list[dict]] = {}
     for pattern, cell in patterns.items():
         missing.setdefault(len(sequences) - len(pattern.partition("->")[0].split("+")), []).append(cell)
@@ -245,13 +267,10 @@ def pattern_scores(completions: Sequence[Completion], sequences: Sequence[str]) 
     return {pattern: cells[pattern] for pattern in usual if pattern in cells}
 
 
-def _cell(scores: Sequence[Likeness]) -> dict[str, float | int | None]:
+def _cell(scores: Sequence[Likeness], extra: Sequence[str]) -> dict[str, float | int | None]:
     cell = {key: mean_known([getattr(score, key) for score in scores]) for key in ("psnr", "ssim", "local_psnr", "local_ssim")}
     cell |= {"n": len(scores), "local_n": sum(score.local_slices > 0 for score in scores)}
-    cell |= {key: mean_known([getattr(score, key) for score in scores]) for key in ("brain_psnr", "brain_ssim")}
-    if any(score.lpips is not None for score in scores):
-        cell["lpips"] = mean_known([score.lpips for score in scores])
-    return cell
+    return cell | {key: mean_known([getattr(score, key) for score in scores]) for key in ("brain_psnr", "brain_ssim", *extra)}
 
 
 def _mean_cell(cells: Sequence[dict]) -> dict[str, float | int | None]:
@@ -274,7 +293,7 @@ def print_likeness(summary: dict[str, Any], title: str, console: Console | None 
     console = console or Console()
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("pattern", no_wrap=True)
-    for heading in ("PSNR\ndB", "SSIM", "local\nPSNR", "local\nSSIM", *(["LPIPS"] if "lpips" in summary["mean"] else []), "cases"):
+    for heading in ("PSNR\ndB", "SSIM", "local\nPSNR", "local\nSSIM", *(heading for key, heading in EXTRA.items() if key in summary["mean"]), "cases"):
         table.add_column(heading, justify="right")
     for name, cell in summary["patterns"].items():
         table.add_row(name, *_texts(cell), str(cell["n"]))
@@ -295,4 +314,4 @@ def four_digits(value: float | None) -> str:
 
 def _texts(cell: dict[str, float | int | None]) -> list[str]:
     texts = [decibels(cell["psnr"]), four_digits(cell["ssim"]), decibels(cell["local_psnr"]), four_digits(cell["local_ssim"])]
-    return texts + ([four_digits(cell["lpips"])] if "lpips" in cell else [])
+    return texts + [(decibels if key.endswith("_db") else four_digits)(cell[key]) for key in EXTRA if key in cell]

@@ -19,7 +19,7 @@ from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.source import CaseSource
 from mstkd.methods import DataFacts, Method, build
-from mstkd.run_folder import read_record, read_run_config
+from mstkd.run_folder import check_prediction, read_record, read_run_config
 from mstkd.shards.spec import Classification, LabelScheme, scheme_of
 
 
@@ -64,13 +64,16 @@ class TrainedRun:
         return Completer(self.method, self.facts.sequences, config.data.slices, config.inference, self.placed())
 
 
-def open_run(run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("segmentation",), painters: bool = False) -> TrainedRun:
+def open_run(
+    run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("segmentation",), painters: bool = False, overrides: Sequence[str] = ()
+) -> TrainedRun:
     """The run in `run_dir` with its best weights, or those of another `checkpoint` of its last stage (latest, step-00000120).
 
-    `painters`: where nothing that the method scores is trained yet, `networks` are those of its painters that are. Raises UserError: no run, no such checkpoint, a task that is none of `tasks`.
+    `painters`: where nothing that the method scores is trained yet, `networks` are those of its painters that are. `overrides`: of how it
+    predicts. Raises UserError: no run, no such checkpoint, a task that is none of `tasks`, an override of what was trained.
     """
     run_dir = Path(run_dir)
-    config = read_run_config(run_dir)
+    config = read_run_config(run_dir, overrides)
     data = read_record(run_dir)["data"]
     declared = data["label_scheme"]
     scheme = LabelScheme.model_validate(declared) if isinstance(declared, dict) else declared
@@ -79,6 +82,7 @@ def open_run(run_dir: Path, checkpoint: str = "best", tasks: Sequence[str] = ("s
     classification = views and Classification.model_validate(views)
     facts = DataFacts(tuple(data["sequences"]), scheme_of(scheme), config.data.crop, classification, slice_size)
     method = build(config.method, facts, config.origin)
+    check_prediction(read_run_config(run_dir), config, method.sampling)
     if method.task not in tasks:
         raise UserError(f"{run_dir}: method {config.method['name']} is for {method.task}; this command takes runs of {' and '.join(tasks)}")
     loaded = load_networks(run_dir, method) if checkpoint == "best" else load_checkpoint(run_dir, method, checkpoint)

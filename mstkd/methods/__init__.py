@@ -84,6 +84,8 @@ class Method(ABC):
     companions: ClassVar[dict[str, tuple[str, ...]]] = {}  # scored network -> others that its `predict` calls; they are exported with it
     runs_apart: ClassVar[bool] = False  # True: its stages may train on different sets, so `teacher.path` may give networks that saw others, otherwise normalised
 
+    sampling: ClassVar[tuple[str, ...]] = ()  # keys of its section that `predict` alone reads: `mstkd evaluate` may change them
+
     any_order: ClassVar[bool] = False  # True: networks know sequences by name; listed in another order, the same weights give the same output
 
     paper: ClassVar[str] = ""  # what `mstkd methods` says of its source, e.g. "Wang et al., CVPR 2023"

@@ -188,6 +188,7 @@ class SliceCompletion(Method):
 
 class M2DN(SliceCompletion):
     Config = M2DNConfig
+    sampling = ("sampler", "diffusion.variance")
     paper = "Meng et al., IEEE TMI 2024"
     reproduces = "network, loss and samplers as far as notes on the paper say; no table"
 

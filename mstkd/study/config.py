@@ -33,6 +33,7 @@ class TuningConfig(Section):
 
 class ArmConfig(Section):
     block: Literal["A", "B"] = "A"  # A: controlled, only the mechanism differs. B: systems as published
+    of: str | None = None  # nothing is trained: that arm's runs are evaluated again, `recipe` says what changes in how they predict
     recipe: dict[str, Any] = {}  # merged over `common`
     tune: list[dict[str, Any]] = []  # candidates, merged over both
 
@@ -65,8 +66,20 @@ class StudyConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _evaluated_again(self) -> "StudyConfig":
+        for name, arm in self.arms.items():
+            if arm.of is not None and (arm.of not in self.arms or self.arms[arm.of].of is not None):
+                trained = ", ".join(other for other in self.arms if self.arms[other].of is None)
+                raise ValueError(f"arms.{name}.of: {arm.of!r} is no arm that is trained; those are {trained}")
+            if arm.of is not None and not arm.recipe:
+                raise ValueError(f"arms.{name}: changes nothing of {arm.of}; say in its recipe how it predicts, e.g. method.sampler")
+            if arm.of is not None and arm.tune:
+                raise ValueError(f"arms.{name}: is another evaluation of {arm.of}, with what that was tuned to; remove tune")
+        return self
+
+    @model_validator(mode="after")
     def _same_budget(self) -> "StudyConfig":
-        counts = {name: len(arm.tune) for name, arm in self.arms.items()}
+        counts = {name: len(arm.tune) for name, arm in self.arms.items() if arm.of is None}
         if len(set(counts.values())) > 1:
             raise ValueError(f"arms differ in how many candidates they tune over: {counts}; give each of them equally many")
         return self
@@ -101,9 +114,10 @@ def load_study(recipe: str, overrides: list[str] = ()) -> StudyConfig:
 
 def run_config(study: StudyConfig, arm: str, shards: str, name: str, seed: int, *changes: dict[str, Any]) -> dict[str, Any]:
     """The recipe of one run: `common`, the arm's, then `changes`. Raises UserError if it cannot be right."""
-    values = study.common
+    values, declared = study.common, study.arms[arm]
+    trained = [study.arms[declared.of].recipe] if declared.of else []
     given = {"data": {"shards": shards}} if study.cohort else {}
-    for part in (study.arms[arm].recipe, given, *changes, {"name": name, "seed": seed}):
+    for part in (*trained, declared.recipe, given, *changes, {"name": name, "seed": seed}):
         values = merged(values, part)
     validate_section(RunConfig, values, "", f"arm {arm}")
     return values

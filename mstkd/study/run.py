@@ -8,11 +8,14 @@ from typing import IO, Any
 
 from mstkd.compare.run import compare
 from mstkd.compare.tasks import TASKS
+from mstkd.config import RunConfig
 from mstkd.errors import TrainingError, UserError
 from mstkd.methods import load, read_config
+from mstkd.recipe import written_override
+from mstkd.run_folder import check_prediction, leaves
 from mstkd.study.cohort import prepare_cohort
 from mstkd.study.config import StudyConfig, run_config
-from mstkd.study.runs import StudyRun, alone, run_all
+from mstkd.study.runs import AnotherEvaluation, StudyRun, alone, run_all
 
 Say = Callable[[str], None]
 
@@ -26,10 +29,17 @@ def run_study(study: StudyConfig, say: Say) -> Path:
     with alone(study.folder) as lock:
         shards = str(prepare_cohort(study.cohort, study.folder / "cohort", study.jobs)) if study.cohort else ""
         chosen = tune(study, shards, lock, say)
-        runs = [_run(study, arm, shards, f"{arm}-seed{seed}", seed, "runs", chosen[arm]) for seed in study.seeds for arm in study.arms]
-        if failed := _bring_to_end(runs, study, lock, say):
-            raise _failure(study, runs, failed)
-        arms = {study.label(arm): [run.folder for run in runs if run.arm == arm] for arm in study.arms}
+        trained = [arm for arm, declared in study.arms.items() if declared.of is None]
+        runs = [_run(study, arm, shards, f"{arm}-seed{seed}", seed, "runs", chosen[arm]) for seed in study.seeds for arm in trained]
+        again = [_another(study, arm, run, shards, chosen[run.arm]) for run in runs for arm, declared in study.arms.items() if declared.of == run.arm]
+        for run in again:
+            run.check()
+        failed = _bring_to_end(runs, study, lock, say)
+        failed += _bring_to_end([run for run in again if run.of not in failed], study, lock, say) if again else []
+        everything = [*runs, *again]
+        if failed:
+            raise _failure(study, everything, failed)
+        arms = {study.label(arm): [run.folder for run in everything if run.arm == arm] for arm in study.arms}
         out = study.folder / "comparison"
         compare(arms, out, baseline=study.label(study.baseline), primary=study.label(study.method))
         return out
@@ -81,9 +91,20 @@ def _checked_task(study: StudyConfig, arm: str) -> str:
         except UserError as error:
             raise UserError(f"arm {arm}: {error}") from None
         method = load(values["method"]["name"])
+        if study.arms[arm].of:
+            _check_prediction(study, arm, method.sampling)
         if values.get("stages") and method.stages[-1] not in values["stages"]:
             raise UserError(f"arm {arm}: stages: the last one, {method.stages[-1]}, is left out; remove the key")
     return method.task
+
+
+def _check_prediction(study: StudyConfig, arm: str, sampling: Sequence[str]) -> None:
+    of = study.arms[arm].of
+    before, now = (RunConfig.model_validate(run_config(study, one, "check", of, 0)) for one in (of, arm))
+    try:
+        check_prediction(before, now, sampling)
+    except UserError as error:
+        raise UserError(f"arm {arm}: {error}") from None
 
 
 def _short(study: StudyConfig) -> dict[str, Any]:
@@ -95,6 +116,14 @@ def _short(study: StudyConfig) -> dict[str, Any]:
 def _run(study: StudyConfig, arm: str, shards: str, name: str, seed: int, kind: str, *changes: dict[str, Any]) -> StudyRun:
     values = run_config(study, arm, shards, name, seed, *changes, {"runs_dir": str(study.folder / kind)})
     return StudyRun(arm, values, study.folder / "recipes" / kind, evaluate=kind == "runs")
+
+
+def _another(study: StudyConfig, arm: str, run: StudyRun, shards: str, chosen: dict[str, Any]) -> AnotherEvaluation:
+    """What `arm` changes about how `run` predicts, as an evaluation of its own."""
+    seed = run.values["seed"]
+    values = run_config(study, arm, shards, f"{arm}-seed{seed}", seed, chosen, study.arms[arm].recipe, {"runs_dir": run.values["runs_dir"]})
+    overrides = tuple(written_override(key, value) for key, value in leaves(study.arms[arm].recipe))
+    return AnotherEvaluation(arm, values, run.notes, evaluate=True, of=run, overrides=overrides)
 
 
 def _bring_to_end(runs: Sequence[StudyRun], study: StudyConfig, lock: IO, say: Say) -> list[StudyRun]:

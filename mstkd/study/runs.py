@@ -19,8 +19,9 @@ from mstkd.compare.runs import evaluated_since
 from mstkd.engine.checkpoint import is_finished, read_state
 from mstkd.errors import UserError
 from mstkd.methods import load
-from mstkd.run_folder import leaves
+from mstkd.run_folder import evaluation_folder, leaves
 
+MSTKD = str(Path(sysconfig.get_path("scripts")) / "mstkd")
 POLL_S = 0.2
 FREE = ("runs_dir", "data.shards")  # of a run's recipe: the study's folder may move
 
@@ -83,12 +84,42 @@ class StudyRun:
 
     def command(self) -> list[str]:
         """What brings it forward: training until that is over, then the evaluation."""
-        mstkd = str(Path(sysconfig.get_path("scripts")) / "mstkd")
         if self.trained:
-            return [mstkd, "evaluate", str(self.folder)]
+            return [MSTKD, "evaluate", str(self.folder)]
+        self.note()
+        return [MSTKD, "train", str(self.recipe)]
+
+    def note(self) -> None:
+        """Leave the recipe for `check`."""
         self.notes.mkdir(parents=True, exist_ok=True)
         self.recipe.write_text(yaml.safe_dump(self.values, sort_keys=False))
-        return [mstkd, "train", str(self.recipe)]
+
+
+@dataclass(frozen=True, eq=False)
+class AnotherEvaluation(StudyRun):
+    """A run of the study that is trained already, evaluated with other settings of how it predicts."""
+
+    of: StudyRun | None = None
+    overrides: tuple[str, ...] = ()  # the settings
+
+    @property
+    def folder(self) -> Path:
+        """The evaluation's."""
+        shards = self.values["data"]["shards"]
+        places = [shards] if isinstance(shards, str) else [one["path"] for one in shards]
+        return evaluation_folder(self.of.folder, places, "test", self.overrides)
+
+    @property
+    def trained(self) -> bool:
+        return self.of.trained
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "summary.json").is_file() and evaluated_since(self.folder)
+
+    def command(self) -> list[str]:
+        self.note()
+        return [MSTKD, "evaluate", str(self.of.folder), *self.overrides]
 
 
 @contextmanager

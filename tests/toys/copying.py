@@ -27,6 +27,7 @@ class Copying(Method):
 
     task, dimensions, stages = "synthesis", 2, ("copy",)
     scored, oracles = ("teacher", "student"), ("teacher",)
+    sampling = ("noise",)
 
     def __init__(self, config, facts):
         self.config, self.scheme = config, facts.label_scheme
