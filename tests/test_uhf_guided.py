@@ -169,7 +169,7 @@ def trained(shards, one_rank, tmp_path_factory):
     found = {}
     for name, own in (("pairs", "stages=[T,K]"), ("scans", f"teacher.path={runs / 'pairs'}")):
         words = [*SMALL, f"data.shards={shards / name}", f"runs_dir={runs}", f"name={name}", own]
-        found[name] = one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_phantom", overrides=words)[0]
+        found[name] = one_rank.run("teacher_ranks.py", "run", recipe="uhf_phantom", overrides=words)[0]
     return runs, found
 
 
@@ -220,7 +220,7 @@ def test_a_keeper_from_a_file_gives_the_same_run(trained, shards, one_rank, tmp_
     weights = load_file(folder / (folder / "best").read_text().strip() / "keeper.safetensors")
     torch.save({key.removeprefix("keeper."): value for key, value in weights.items()}, tmp_path / "keeper.pth")
     words = [*SMALL, f"data.shards={shards / 'scans'}", f"runs_dir={tmp_path}", "name=file", f"teacher.path={tmp_path / 'keeper.pth'}", "teacher.network=keeper"]
-    found = one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_phantom", overrides=words)[0]
+    found = one_rank.run("teacher_ranks.py", "run", recipe="uhf_phantom", overrides=words)[0]
     assert {step: row["train/ce"] for step, row in found["fusion"].items()} == {step: row["train/ce"] for step, row in rows["scans"]["fusion"].items()}
 
 
@@ -240,7 +240,7 @@ def test_bad_input_is_one_line(words, expected, trained, shards, one_rank, tmp_p
         given = [word.replace(name, str(place)) for word in given]
     words = [*SMALL, f"data.shards={shards / 'pairs'}", f"runs_dir={tmp_path}", *given]
     with pytest.raises(AssertionError) as caught:
-        one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_phantom", overrides=words)
+        one_rank.run("teacher_ranks.py", "run", recipe="uhf_phantom", overrides=words)
     last = str(caught.value).strip().splitlines()[-1]
     assert last.startswith("mstkd.errors.UserError") and expected in last
 

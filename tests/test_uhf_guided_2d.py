@@ -170,7 +170,7 @@ def test_a_run_on_slices_is_scored_as_a_whole(one_rank, tmp_path):
     section = SMALL | {"planes": ["axial", "sagittal"]}
     words = [f"data.shards={tmp_path / 'shards'}", f"runs_dir={tmp_path}", "name=slices", f"data.crop={list(CROP)}", "train.steps=2", "train.log_every=1",
              "validate.every_steps=2", "validate.max_cases=1", *(f"method.{key}={json.dumps(value)}" for key, value in section.items())]  # fmt: skip
-    rows = one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_2d_phantom", overrides=words)[0]
+    rows = one_rank.run("teacher_ranks.py", "run", recipe="uhf_2d_phantom", overrides=words)[0]
     assert list(rows) == ["base", "teacher", "keeper", "fusion"] and "train/dice_sagittal" in rows["fusion"][2] and rows["keeper"][2]["val/psnr"] > 0
     summary = evaluate_run(tmp_path / "slices")
     assert list(summary["subsets"]) == [PAIR[0]] and list(summary["mean"]) == ["CSF", "GM", "WM"]
