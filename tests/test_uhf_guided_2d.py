@@ -150,6 +150,11 @@ def test_fusion_begins_with_every_planes_base():
         assert all(torch.equal(value, student[key]) for key, value in base.items())
 
 
+def test_one_plane_may_be_named_alone():
+    method = make(planes="sagittal")
+    assert method.config.planes == ["sagittal"] and all(list(network.planes) == ["sagittal"] for network in method.networks.values())
+
+
 @pytest.mark.parametrize(("change", "expected"), [
     ({"planes": []}, "name one or more different ones"), ({"planes": ["axial", "axial"]}, "name one or more different ones"),
     ({"planes": ["oblique"]}, "method.planes"), ({"slices": 0}, "method.slices"),

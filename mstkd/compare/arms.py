@@ -167,8 +167,8 @@ def _settings(run: EvaluatedRun) -> dict[str, Any]:
     """What makes a run's recipe, by dotted key: without seed, names, places and what changes no update."""
     values = dict(leaves(resolved(run.config)))
     kept = {key: value for key, value in values.items() if not any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in IGNORED)}
-    for key in PATHS:
-        if kept.get(key):  # each seed may have a teacher of its own
+    for key in (key for key in kept if any(key == path or key.startswith(f"{path}.") for path in PATHS)):
+        if kept[key]:  # each seed may have a teacher of its own
             kept[key] = without_seed(PurePath(kept[key]).name, run.config.seed)
     if [*run.scores] == [kept.get(OWN_SUBSET)]:
         del kept[OWN_SUBSET]

@@ -9,7 +9,7 @@ from typing import IO, Any
 from mstkd.compare.run import compare
 from mstkd.compare.tasks import TASKS
 from mstkd.errors import TrainingError, UserError
-from mstkd.methods import load, read_config
+from mstkd.methods import load, read_config, stage_names
 from mstkd.study.cohort import prepare_cohort
 from mstkd.study.config import StudyConfig, run_config
 from mstkd.study.runs import StudyRun, alone, run_all
@@ -26,13 +26,27 @@ def run_study(study: StudyConfig, say: Say) -> Path:
     with alone(study.folder) as lock:
         shards = str(prepare_cohort(study.cohort, study.folder / "cohort", study.jobs)) if study.cohort else ""
         chosen = tune(study, shards, lock, say)
-        runs = [_run(study, arm, shards, f"{arm}-seed{seed}", seed, "runs", chosen[arm]) for seed in study.seeds for arm in study.arms]
+        runs = _runs(study, shards, chosen)
         if failed := _bring_to_end(runs, study, lock, say):
             raise _failure(study, runs, failed)
-        arms = {study.label(arm): [run.folder for run in runs if run.arm == arm] for arm in study.arms}
         out = study.folder / "comparison"
-        compare(arms, out, baseline=study.label(study.baseline), primary=study.label(study.method))
+        for name, question in study.comparisons.items():
+            arms = {study.label(arm): [run.folder for run in runs if run.arm == arm] for arm in study.compared(question)}
+            compare(arms, out / name, baseline=study.label(question.baseline), primary=study.label(question.method))
         return out
+
+
+def _runs(study: StudyConfig, shards: str, chosen: dict[str, dict[str, Any]]) -> list[StudyRun]:
+    """Every arm with every seed, behind those whose networks it takes."""
+    runs: list[StudyRun] = []
+    for seed in study.seeds:
+        of_seed: dict[str, StudyRun] = {}
+        for arm, declared in study.arms.items():
+            given = {network: of_seed[source] for network, source in declared.takes.items()}
+            changes = [chosen[arm], *([{"teacher": {"path": {network: str(run.folder) for network, run in given.items()}}}] if given else [])]
+            of_seed[arm] = _run(study, arm, shards, f"{arm}-seed{seed}", seed, "runs", *changes, after=tuple(given.values()))
+        runs += of_seed.values()
+    return runs
 
 
 def tune(study: StudyConfig, shards: str, lock: IO, say: Say) -> dict[str, dict[str, Any]]:
@@ -64,12 +78,12 @@ def tune(study: StudyConfig, shards: str, lock: IO, say: Say) -> dict[str, dict[
 def _check_methods(study: StudyConfig) -> None:
     """Raise UserError where the arms' methods cannot be compared."""
     tasks = {arm: _checked_task(study, arm) for arm in study.arms}
-    known = [task.name for task in TASKS]
+    known, first = [task.name for task in TASKS], next(iter(study.comparisons.values())).baseline
     for arm, task in tasks.items():
         if task not in known:
             raise UserError(f"arm {arm}: its method is for {task}; a study compares methods for {' or '.join(known)}")
-        if task != tasks[study.baseline]:
-            raise UserError(f"arm {arm}: its method is for {task} and that of {study.baseline} for {tasks[study.baseline]}; the arms of a study share one task")
+        if task != tasks[first]:
+            raise UserError(f"arm {arm}: its method is for {task} and that of {first} for {tasks[first]}; the arms of a study share one task")
 
 
 def _checked_task(study: StudyConfig, arm: str) -> str:
@@ -78,12 +92,10 @@ def _checked_task(study: StudyConfig, arm: str) -> str:
         values = run_config(study, arm, "check", "checked", 0, candidate)
         try:
             read_config(values["method"])
+            stage_names(values["method"], values.get("stages"))
         except UserError as error:
             raise UserError(f"arm {arm}: {error}") from None
-        method = load(values["method"]["name"])
-        if values.get("stages") and method.stages[-1] not in values["stages"]:
-            raise UserError(f"arm {arm}: stages: the last one, {method.stages[-1]}, is left out; remove the key")
-    return method.task
+    return load(values["method"]["name"]).task
 
 
 def _short(study: StudyConfig) -> dict[str, Any]:
@@ -92,9 +104,9 @@ def _short(study: StudyConfig) -> dict[str, Any]:
     return {"train": {"steps": steps, "epochs": None}, "validate": {"every_steps": steps}, "checkpoint": {"every_steps": steps}}
 
 
-def _run(study: StudyConfig, arm: str, shards: str, name: str, seed: int, kind: str, *changes: dict[str, Any]) -> StudyRun:
+def _run(study: StudyConfig, arm: str, shards: str, name: str, seed: int, kind: str, *changes: dict[str, Any], after: tuple[StudyRun, ...] = ()) -> StudyRun:
     values = run_config(study, arm, shards, name, seed, *changes, {"runs_dir": str(study.folder / kind)})
-    return StudyRun(arm, values, study.folder / "recipes" / kind, evaluate=kind == "runs")
+    return StudyRun(arm, values, study.folder / "recipes" / kind, evaluate=kind == "runs" and arm in study.evaluated, after=after)
 
 
 def _bring_to_end(runs: Sequence[StudyRun], study: StudyConfig, lock: IO, say: Say) -> list[StudyRun]:
