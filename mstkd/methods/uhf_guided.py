@@ -5,6 +5,7 @@ Four stages: `base` (B) trains a plain segmenter; `teacher` (T) auto-encodes 7T 
 it the frozen keeper's features and trains on. At use time only the low-field image is needed; the base is scored beside the student.
 Pairs and labelled scans are other people's heads, in other shard sets with other sequences, hence two runs: one on pairs,
 `stages=[T,K]`, and one on labelled scans with `teacher.path=` the first, which trains B and F. A labelled set of pairs can do all in one.
+Controls of where a gain comes from: `keeper: random` and `zeros`, and a `high_field` that is the low-field image itself.
 The source is known by its abstract, by summaries and by its code. Where this differs from the released code, and why:
 - the teacher's noise is Gaussian of mean 0 (there uniform in [0, 1): a bias that its decoder learns and nobody gives it later): `noise`;
 - the keeper's gate finds the strongest voxel on every axis; moments are averaged over the batch, not summed;
@@ -86,8 +87,8 @@ class WeightConfig(Section):
 
 class UHFGuidedConfig(Section):
     low_field: str | None = None  # the sequence that is segmented; default: the set's first
-    high_field: str | None = None  # the one that the teacher sees; default: the set's last. The low-field one itself: a control, nothing is learnt from 7T
-    keeper: Literal["trained", "random", "zeros"] = "trained"  # controls of fusion: one that learnt nothing, the same in every run; features of 0
+    high_field: str | None = None  # the one that the teacher sees; default: the set's last
+    keeper: Literal["trained", "random", "zeros"] = "trained"  # random: it learnt nothing, and is the same in every run; zeros: features of 0
     network: NetworkConfig = NetworkConfig()
     base: BaseConfig = BaseConfig()
     noise: NoiseConfig = NoiseConfig()
