@@ -128,23 +128,23 @@ def run_all(runs: Sequence[StudyRun], jobs: int, lock: IO, say: Callable[[str], 
                     waiting.insert(0, run)  # trained: now its evaluation
                     continue
                 good = process.returncode == 0 and run.done
-                failed += [] if good else [run, *_give_up(waiting, run, say)]
+                lost = [] if run.trained else _give_up(waiting, run)
+                failed += [] if good else [run, *lost]
                 ended += 1
                 left = (time.monotonic() - began) / ended * (len(waiting) + len(running)) / 60
                 say(f"{run.name}: {'done' if good else f'FAILED, see {run.log}'} ({len(waiting) + len(running)} left, about {left:.0f} min)")
+                for one in lost:
+                    say(f"{one.name}: not begun, since {run.name} failed")
             time.sleep(POLL_S)
     return failed
 
 
-def _give_up(waiting: list[StudyRun], failed: StudyRun, say: Callable[[str], None]) -> list[StudyRun]:
+def _give_up(waiting: list[StudyRun], failed: StudyRun) -> list[StudyRun]:
     """Take those out of `waiting` that need what a failed run would have trained; returns them."""
-    if failed.trained:  # its evaluation failed
-        return []
     lost = [run for run in waiting if failed in run.after]
     for run in lost:
         waiting.remove(run)
-        say(f"{run.name}: not begun, since {failed.name} failed")
-    return lost + [further for run in lost for further in _give_up(waiting, run, say)]
+    return lost + [further for run in lost for further in _give_up(waiting, run)]
 
 
 def _start(run: StudyRun, lock: IO) -> tuple[subprocess.Popen, bool]:
