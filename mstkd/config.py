@@ -98,7 +98,9 @@ class AvailabilityConfig(Section):
 
     @field_validator("subsets", mode="before")
     @classmethod
-    def _one_by_name(cls, value: Any) -> Any:
+    def _by_name(cls, value: Any) -> Any:
+        if value == "all":
+            return None
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -264,8 +266,10 @@ class TrackingConfig(Section):
 class TeacherConfig(Section):
     """Frozen networks: those that a stage takes from an earlier one, or from outside."""
 
-    path: str | None = None  # a run folder or a safetensors file; the stages that would train them are then left out
-    network: str | None = None  # which network of `path`; default: the one of the same name, or the only one there
+    path: str | dict[str, str | dict[str, str]] | None = None
+    """A run folder or a file of weights; or one by network, {keeper: RUN, base: FILE}, or by part of a network, {base: {encoder: FILE,
+    decoder: FILE}}. The stages that would train these networks are left out."""
+    network: str | None = None  # which network of `path`, if that is one; default: the one of the same name, or the only one there
     placement: Literal["replicate", "zero3", "cpu"] = "replicate"
     """replicate: whole on every rank. zero3: cut over the ranks, gathered layer by layer. cpu: as zero3, the parts in host memory."""
     cache_dir: str | None = None  # node-local folder for its outputs; needs data.crops=fixed
@@ -290,7 +294,7 @@ class RunConfig(Section):
     resume: Literal["auto", "required", "never"] = "auto"
     init_from: str | None = None  # warm start: a run folder or a safetensors file
     method: dict[str, Any]
-    stages: list[str] | None = None  # default: all of the method's
+    stages: list[str] | None = None  # default, and "all": all of the method's
     data: DataConfig
     train: TrainConfig
     teacher: TeacherConfig = TeacherConfig()
@@ -305,7 +309,9 @@ class RunConfig(Section):
 
     @field_validator("stages", mode="before")
     @classmethod
-    def _one_by_name(cls, value: Any) -> Any:
+    def _by_name(cls, value: Any) -> Any:
+        if value == "all":
+            return None
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -20,6 +21,20 @@ from mstkd.run_folder import read_record, read_run_config
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a frozen network, or one part of it, is to be found."""
+
+    network: str
+    part: str  # of its modules, by path; "": the whole network
+    files: list[Path]  # one of them holds it
+    pick: str | None = None  # the name that it has there, if it is another
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}.{self.part}" if self.part else self.network
+
+
 def given_networks(config: RunConfig, method: Method, sequences: tuple[str, ...]) -> set[str]:
     """The frozen networks that `teacher.path` gives, which are shown these `sequences`.
 
@@ -29,11 +44,14 @@ def given_networks(config: RunConfig, method: Method, sequences: tuple[str, ...]
     if not needed and config.teacher != TeacherConfig():
         key = next(key for key, value in config.teacher if value != getattr(TeacherConfig(), key))
         raise UserError(f"teacher.{key}: {name} freezes no network; remove the key")
-    if config.teacher.path is None:
+    path = config.teacher.path
+    if path is None:
         return set()
-    files = given_files(config)
-    if Path(config.teacher.path).is_dir():
-        _check_input(Path(config.teacher.path), method, sequences)
+    files = [file for place in _places(path) for file in given_files(place)]
+    for run in _runs(path):
+        _check_input(run, method, sequences)
+    if isinstance(path, dict):
+        return _given_by_name(config, method, needed)
     if len(needed) == 1:
         return needed
     if config.teacher.network in needed:  # the file holds this one, with its name before the parameters' or without
@@ -42,8 +60,41 @@ def given_networks(config: RunConfig, method: Method, sequences: tuple[str, ...]
         raise UserError(f"teacher.network: {name} freezes {', '.join(sorted(needed))}, which are taken by their names; remove the key, or set it to one of them")
     held = {key.partition(".")[0] for file in files for key in read_weights(file)}
     if not needed & held:
-        raise UserError(f"teacher.path {config.teacher.path}: holds {', '.join(sorted(held)[:8])}; {name} freezes {', '.join(sorted(needed))}")
+        raise UserError(f"teacher.path {path}: holds {', '.join(sorted(held)[:8])}; {name} freezes {', '.join(sorted(needed))}")
     return needed & held
+
+
+def _given_by_name(config: RunConfig, method: Method, needed: set[str]) -> set[str]:
+    """The networks that a mapping at `teacher.path` names. Raises UserError on one that is not frozen, or whose parts are not the whole."""
+    path = config.teacher.path
+    if config.teacher.network:
+        raise UserError("teacher.network: teacher.path gives networks by their names; remove the key")
+    if unknown := sorted(path.keys() - needed):
+        raise UserError(f"teacher.path.{unknown[0]}: {config.method['name']} freezes {', '.join(sorted(needed))}; name one of them")
+    for network, parts in path.items():
+        if isinstance(parts, str):
+            continue
+        module, covered = method.networks[network], set()
+        there = [name for name, child in module.named_children() if child.state_dict()]
+        for part in parts:
+            try:
+                covered |= {f"{part}.{key}" for key in module.get_submodule(part).state_dict()}
+            except AttributeError:
+                raise UserError(f"teacher.path.{network}.{part}: the network has no such part; it has {', '.join(there)}") from None
+        if lacking := module.state_dict().keys() - covered:
+            raise UserError(f"teacher.path.{network}: no file gives {min(lacking)}; the network consists of {', '.join(there)}, each of which needs one")
+    return set(path)
+
+
+def _places(path: str | dict[str, str | dict[str, str]]) -> list[str]:
+    if isinstance(path, str):
+        return [path]
+    return [place for given in path.values() for place in ([given] if isinstance(given, str) else given.values())]
+
+
+def _runs(path: str | dict[str, str | dict[str, str]] | None) -> list[Path]:
+    """The run folders among what `teacher.path` names."""
+    return [Path(place) for place in dict.fromkeys(_places(path)) if Path(place).is_dir()] if path else []
 
 
 def _check_input(run: Path, method: Method, sequences: tuple[str, ...]) -> None:
@@ -62,9 +113,9 @@ def _said(value: object) -> str:
     return str(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
 
 
-def given_files(config: RunConfig) -> list[Path]:
-    """The weight files at `teacher.path`."""
-    path = Path(config.teacher.path)
+def given_files(place: str) -> list[Path]:
+    """The weight files at one path of `teacher.path`."""
+    path = Path(place)
     if path.suffix in (".pt", ".pth") and path.is_file():
         return [path]
     try:
@@ -93,28 +144,31 @@ def _used(method: Method, stages: Sequence[str]) -> set[str]:
 
 
 def refuse_seen(config: RunConfig, stores: Sequence[ShardStore]) -> None:
-    """Raise UserError if the run at `teacher.path` was trained on a validation or test subject of this one: what it gives knows them.
+    """Raise UserError if a run at `teacher.path` was trained on a validation or test subject of this one: what it gives knows them.
 
     `data.allow_overlap` lets it pass. Where that run's shards are not here, the log says that nobody looked.
     """
-    if config.teacher.path is None or not Path(config.teacher.path).is_dir():
-        return
-    theirs = read_run_config(Path(config.teacher.path)).data
-    try:
-        seen = open_stores(theirs)
-    except UserError as error:
-        log.warning("teacher.path: whether its training and this run's validation and test share a subject cannot be looked up: %s", error)
-        return
-    for split in ("val", "test"):
-        found = training_overlap(seen, theirs.fold, stores, split, config.data.fold)
-        if not config.data.allow_overlap:
-            refuse(found.unstated, split, "data.allow_overlap=true")
+    for run in _runs(config.teacher.path):
+        theirs = read_run_config(run).data
+        try:
+            seen = open_stores(theirs)
+        except UserError as error:
+            log.warning("teacher.path: whether its training and this run's validation and test share a subject cannot be looked up: %s", error)
+            continue
+        for split in ("val", "test"):
+            found = training_overlap(seen, theirs.fold, stores, split, config.data.fold)
+            if not config.data.allow_overlap:
+                refuse(found.unstated, split, "data.allow_overlap=true")
 
 
-def source_of(network: str, stage: str, config: RunConfig, given: set[str]) -> tuple[list[Path], str | None]:
-    """The files to look for `network` of the earlier `stage` in, and the name it has there, if it is another."""
+def sources_of(network: str, stage: str, config: RunConfig, given: set[str]) -> list[Source]:
+    """Where `network`, which the earlier `stage` trains, is taken from: one source, or one for each part that `teacher.path` names."""
+    path = config.teacher.path
+    if network in given and isinstance(path, dict):
+        parts = {"": path[network]} if isinstance(path[network], str) else path[network]
+        return [Source(network, part, given_files(place)) for part, place in parts.items()]
     if network in given:
-        return given_files(config), config.teacher.network
+        return [Source(network, "", given_files(path), config.teacher.network)]
     checkpoints = config.run_dir / stage / "checkpoints"
     if not checkpoints.is_dir():
         raise UserError(
@@ -127,4 +181,4 @@ def source_of(network: str, stage: str, config: RunConfig, given: set[str]) -> t
             f"{config.run_dir}: stage {stage}, which trains {network}, is not finished; finish it first, "
             f"or take {network} as it is with name=... teacher.path={config.run_dir}"
         )
-    return files, None
+    return [Source(network, "", files)]

@@ -43,7 +43,7 @@ from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import safetensors_of
 from mstkd.methods import DataFacts, Method, Role
 from mstkd.models.recompute import recompute
-from mstkd.teacher_source import given_networks, refuse_seen, source_of, stages_left_out
+from mstkd.teacher_source import given_networks, refuse_seen, sources_of, stages_left_out
 from mstkd.track import NullTracker, Tracker, open_trackers
 
 log = logging.getLogger(__name__)
@@ -199,9 +199,9 @@ def _train_stage(name: str, run: Run, tracker: Tracker, stop: StopFlag, heartbea
         if not resumed:
             method.begin(name)
     trained = {network for role in roles.values() for network in role.results}  # one that is needed and trained only starts from there
-    files = {network: file for network, file in files.items() if network not in trained}
+    files = {network: parts for network, parts in files.items() if network not in trained}
     before = resumed[1] if resumed else TrainState()
-    before.frozen = on_main(lambda: identities(files, before.frozen), ranks)
+    before.frozen = on_main(lambda: identities({part: file for parts in files.values() for part, file in parts.items()}, before.frozen), ranks)
     for network in {*method.networks} - {*files}:
         method.networks[network].to(ranks.device)
     with agreed(ranks):
@@ -231,10 +231,10 @@ def _computes(config: RunConfig) -> str:
     return json.dumps([config.method, versions], sort_keys=True)
 
 
-def _load_needed(network: str, earlier: str, run: Run) -> Path:
-    """Load a network that an earlier stage trains, or `teacher.path` gives; returns the file it was in."""
-    files, pick = source_of(network, earlier, run.config, run.given)
-    return load_weights(run.method.networks[network], network, files, pick)
+def _load_needed(network: str, earlier: str, run: Run) -> dict[str, Path]:
+    """Load a network that an earlier stage trains, or `teacher.path` gives; returns the file that it, or each part of it, was in."""
+    module, sources = run.method.networks[network], sources_of(network, earlier, run.config, run.given)
+    return {source.name: load_weights(module.get_submodule(source.part), source.name, source.files, source.pick) for source in sources}
 
 
 def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:

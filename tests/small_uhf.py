@@ -1,5 +1,7 @@
 """A small UHF-guided segmentation and what to feed it."""
 
+import json
+
 import torch
 
 from mstkd.batch import Batch, Progress
@@ -11,6 +13,8 @@ CROP = (32, 32, 32)  # the smallest that the critic takes
 START = Progress(step=0, epoch=0, total_steps=100, total_epochs=100)
 STAGES = {"base": {"base"}, "teacher": {"teacher"}, "keeper": {"keeper", "critic"}, "fusion": {"student"}}  # and what they train
 NETWORK = {"width": 2, "keeper_width": 1, "critic_width": 2}
+SMALL = [f"data.crop={list(CROP)}", f"method.network={json.dumps(NETWORK)}", "method.base.arguments={width: 5}", "train.steps=2", "train.global_batch=1", "train.log_every=1",
+         "validate.every_steps=2", "validate.max_cases=1", "inference.overlap=0", "evaluate.assd=true"]  # fmt: skip
 
 
 def facts(sequences: tuple[str, ...] = PAIR, scheme: str | None = "tissue3") -> DataFacts:

@@ -19,6 +19,8 @@ from mstkd.engine.backend.settings import deepspeed_config
 from mstkd.errors import UserError
 from mstkd.footprint import checkpoint_bytes, role_memory
 from mstkd.plan import plan
+from mstkd.shards.build import build as build_set
+from mstkd.shards.phantom import write_phantom
 from mstkd.traffic import count_elements
 
 MSTKD = str(Path(sys.executable).parent / "mstkd")
@@ -154,6 +156,18 @@ def _saved_tensors(method, role, batch, precision) -> int:
         output = role.step(batch, {}, Progress(0, 0, 1, 1))
     assert output.loss.requires_grad
     return sum(saved.values())
+
+
+def test_recomputation_lets_a_crop_of_128_fit_where_it_did_not(tmp_path):
+    """A keeper of the published size, with its kernels of 7^3, in 4 GiB."""
+    write_phantom(tmp_path / "nifti", subjects=3, size=32, paired_7t=True)
+    build_set("phantom_7t", tmp_path / "nifti", tmp_path / "pairs")
+    words = ("data.crop=[128, 128, 128]", "train.precision=fp32", "train.zero_stage=0")
+    needed = {}
+    for again in (False, True):
+        found = planned(tmp_path / "pairs", 1, *words, f"train.recompute={again}", recipe="uhf_pairs")
+        needed[again] = {stage.name: stage.device_bytes / 2**30 for stage in found.stages}
+    assert list(needed[True]) == ["teacher", "keeper"] and max(needed[True].values()) < 4 < needed[False]["keeper"]
 
 
 # DeepSpeed itself

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_runs import TESTS, completed, endings, logs_of, refusal, submit
+from slurm_runs import TESTS, beats, completed, endings, logs_of, refusal, submit
+from small_uhf import SMALL
 
 from mstkd.launch.jobs import read_jobs
+from mstkd.shards.build import build
+from mstkd.shards.phantom import write_phantom
 
 pytestmark = pytest.mark.slurm
 ROOT = TESTS.parent
@@ -75,6 +78,20 @@ def test_a_translation_is_a_chain_of_a_teacher_a_student_and_an_evaluation(devcl
     assert len(stages) == 2 and endings(run) == ["finished", "finished"]
     summaries = {name: json.loads((run / "evaluation" / f"{name}.json").read_text()) for name in ("summary", "summary_teacher")}
     assert len(summaries["summary"]["patterns"]) == 12 and summaries["summary_teacher"]["oracle"] and not summaries["summary"].get("oracle")
+
+
+def test_four_stages_of_two_hosts_each_need_the_one_before(devcluster, tmp_path):
+    write_phantom(tmp_path / "nifti", subjects=4, size=32, seed=3, paired_7t=True)
+    build("phantom_7t", tmp_path / "nifti", tmp_path / "shards")
+    words = [*SMALL, f"data.shards={tmp_path / 'shards'}", f"runs_dir={tmp_path / 'runs'}", "train.global_batch=2"]
+    *stages, evaluation = submit(devcluster, tmp_path, "uhf_phantom", words, "--stages", "all")
+    run = tmp_path / "runs/uhf_phantom"
+    assert [(job.stages, job.after) for job in read_jobs(run)[:4]] == [
+        (["base"], None), (["teacher"], stages[0]), (["keeper"], stages[1]), (["fusion"], stages[2]),
+    ]  # fmt: skip
+    completed(devcluster, evaluation, run)
+    assert endings(run) == ["finished"] * 4 and {beat["host"] for beat in beats(run)} == {"n1", "n2"}
+    assert {path.name for path in (run / "evaluation").glob("summary*.json")} == {"summary.json", "summary_base.json"}
 
 
 def test_a_failing_first_stage_ends_the_chain_with_its_reason(devcluster, toy, cluster, tmp_path):

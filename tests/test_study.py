@@ -32,7 +32,13 @@ SEQUENCES = ("flair", "t1", "t1ce", "t2")
 TESTS = Path(__file__).parent
 PACKAGED = sorted(path.stem for path in recipe_folder().glob("study_*.yaml"))
 QUESTIONS = {
-    "study_phantom": ("mst_kdnet", "student_only"), "study_utad_phantom": ("utad_net", "stargan"), "study_m2dn_phantom": ("m2dn", "one_shot"),
+    "study_phantom": {"": ("mst_kdnet", "student_only")},
+    "study_utad_phantom": {"": ("utad_net", "stargan")},
+    "study_m2dn_phantom": {"": ("m2dn", "one_shot")},
+    "study_uhf_phantom": {
+        "unet": ("unet_guided", "unet"), "segresnet": ("segresnet_guided", "segresnet"), "unet_controls": ("unet_longer", "unet_guided"),
+        "segresnet_controls": ("segresnet_longer", "segresnet_guided"),
+    },
 }  # fmt: skip
 DEADLINE_S = 600
 
@@ -60,7 +66,8 @@ def test_every_arm_of_a_packaged_study_is_a_recipe_with_the_same_budget(name):
     assert len({len(arm.tune) for arm in study.arms.values() if arm.of is None}) == 1
     for arm in study.arms:
         assert RunConfig.model_validate(run_config(study, arm, "shards", "run", 1)).seed == 1
-    assert study.cohort.test >= 8 and len(study.seeds) >= 3 and (study.method, study.baseline) == QUESTIONS[name]
+    assert study.cohort.test >= 8 and len(study.seeds) >= 3
+    assert {key: (question.method, question.baseline) for key, question in study.comparisons.items()} == QUESTIONS[name]
 
 
 def test_arms_of_translation_share_all_but_what_they_are_for_and_take_equally_many_steps():
@@ -72,6 +79,22 @@ def test_arms_of_translation_share_all_but_what_they_are_for_and_take_equally_ma
         assert [name for name in method.scored if name in method.oracles] == ["teacher"] * (arm == "utad_net")  # the ablations' masks tell nothing
     assert [resolved[arm].method.get("mask") for arm in study.arms] == [None, None, "zeros", "random", None]
     assert len({str((config.data, config.train.roles, config.method["critic"], config.method["n_critic"])) for config in resolved.values()}) == 1
+
+
+def test_guided_arms_and_controls_differ_in_what_they_are_for():
+    study = load_study("study_uhf_phantom")
+    for backbone, architecture in (("unet", "UNet"), ("segresnet", "SegResNet")):
+        base, longer, *guided = (f"{backbone}{ending}" for ending in ("", "_longer", "_guided", "_3t", "_random", "_zeros"))
+        config = {arm: RunConfig.model_validate(run_config(study, arm, "shards", "run", 1)) for arm in (base, longer, *guided)}
+        steps = config[base].train.steps
+        assert config[longer].train.steps["base"] == steps["base"] + steps["fusion"] and all(config[arm].train.steps == steps for arm in guided)
+        assert len({(str(one.data), str(one.train.roles), str(one.method["base"])) for one in config.values()}) == 1
+        assert {one.method["base"]["architecture"] for one in config.values()} == {architecture}
+        assert [config[arm].method.get("keeper") for arm in guided] == [None, None, "random", "zeros"]
+        takes = [study.arms[arm].takes for arm in guided]
+        assert takes == [{"keeper": "keeper", "base": base}, {"keeper": "keeper_3t", "base": base}, {"base": base}, {"base": base}]
+    pairs, control = (run_config(study, arm, "shards", "run", 1) for arm in ("keeper", "keeper_3t"))
+    assert control.pop("method") == {**pairs.pop("method"), "high_field": "t1_3t"} and control == pairs and pairs["data"]["fold"] == 1
 
 
 def test_the_arm_of_equal_flops_has_as_many_as_teacher_and_student_together():
@@ -100,6 +123,13 @@ def test_sections_are_laid_over_each_other():
     ({"arms": {"light": {"tune": [{}]}, "heavy": {}}}, [], "arms differ in how many candidates they tune over"),
     ({}, ["common.train.stps=3"], "arm light: unknown key train.stps; did you mean 'steps'?"),
     ({}, ["method=light"], "method and baseline are both 'light'; name two arms"),
+    ({"method": None}, [], "give method and baseline, or questions, each with its own"),
+    ({"questions": {"one": {"method": "heavy", "baseline": "light"}}}, [], "give method and baseline, or questions, each with its own"),
+    ({"method": None, "baseline": None, "questions": {"one": {"method": "heavy", "baseline": "lihgt"}}}, [], "questions.one: baseline: 'lihgt' is no arm"),
+    ({"method": None, "baseline": None, "questions": {"one": {"method": "heavy", "baseline": "light", "arms": ["heavy"]}}}, [],
+     "questions.one: arms: method heavy and baseline light belong to them"),
+    ({}, ["arms.light.takes={teacher: heavy}"], "arms.light.takes.teacher: 'heavy' is no arm above it that is trained; those are: none"),
+    ({}, ["arms.heavy.takes={teacher: light}"], "arms.heavy: takes teacher and is tuned; candidates have nobody to take from, leave one of the two out"),
     ({}, ["seeds=[1, 1]"], "seeds [1, 1]: give different ones from 0, none of them tuning.seed 1000"),
     ({}, ["arms.light.of=heavier"], "arms.light.of: 'heavier' is no arm that is trained; those are heavy"),
     ({}, ["arms.light.of=light"], "arms.light.of: 'light' is no arm that is trained; those are heavy"),
@@ -174,6 +204,15 @@ def test_the_cohort_is_made_once_and_split_as_asked(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in shards.iterdir()} == before and not (tmp_path / "nifti").exists()
 
 
+def test_pairs_scans_and_tests_are_of_different_people(tmp_path):
+    config = CohortConfig(train=2, validation=1, test=2, pairs={"train": 3, "validation": 1}, size=32)
+    store = ShardStore(prepare_cohort(config, tmp_path, workers=1))
+    splits, sides = store.splits, [(fold.train, fold.val) for fold in store.splits.folds]
+    assert [(len(train), len(val)) for train, val in sides] == [(2, 1), (3, 1)] and len(splits.test) == 2
+    assert len({*splits.test, *(subject for pair in sides for side in pair for subject in side)}) == config.subjects == 9
+    assert store.index.sequences == ("t1_3t", "t1_7t") and store.index.scheme.name == "tissue3"
+
+
 def start(recipe, *words) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     return subprocess.Popen([MSTKD, "study", recipe, *words], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -226,6 +265,29 @@ def test_a_failed_run_is_named_and_the_others_have_their_turn(tmp_path):
     assert code == 1
     assert "study toys: 1 of 2 runs failed: heavy-seed7; see " in said.splitlines()[-1] and "then give the same command again" in said
     assert (tmp_path / "runs" / "toys" / "runs" / "light-seed7" / "evaluation" / "summary.json").is_file()
+
+
+def test_arms_take_networks_from_other_arms_which_come_first_and_stand_in_no_table(tmp_path):
+    arms = {
+        "giver": {"recipe": {"method": {"name": "toys.two_stage"}, "stages": "teacher"}},
+        "light": {"recipe": {"method": {"name": "toys.two_stage"}}, "takes": {"teacher": "giver"}},
+        "heavy": {"recipe": {"method": {"name": "toys.two_stage", "weight": 2.0}}, "takes": {"teacher": "giver"}},
+    }  # fmt: skip
+    questions = {"one": {"method": "heavy", "baseline": "light", "arms": ["light", "heavy"]}}
+    recipe, folder = write(tmp_path, arms=arms, questions=questions, method=None, baseline=None), tmp_path / "runs" / "toys"
+    code, said = ended(start(recipe, "arms.giver.recipe.method.fail_at=1", "name=broken"))
+    assert code == 1 and all(f"{arm}-seed7: not begun, since giver-seed7 failed" in said for arm in ("light", "heavy"))
+    assert "3 of 3 runs failed: giver-seed7, light-seed7, heavy-seed7" in said.splitlines()[-1]
+
+    code, said = ended(start(recipe))
+    assert code == 0, said
+    runs = folder / "runs"
+    assert not (runs / "giver-seed7/evaluation").exists() and not (runs / "light-seed7/teacher").exists()
+    for arm in ("light", "heavy"):
+        config = RunConfig.model_validate(yaml.safe_load((runs / f"{arm}-seed7/config.yaml").read_text()))
+        assert config.teacher.path == {"teacher": str(runs / "giver-seed7")}
+    rows = list(csv.DictReader((folder / "comparison/one/compare.csv").open()))
+    assert {row["arm"] for row in rows} == {"light", "heavy"}
 
 
 def test_a_study_of_synthesis_goes_from_cohort_to_comparison(tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from small_uhf import CROP, NETWORK, PAIR, STAGES, START, facts, make, make_batch
+from safetensors.torch import load_file, save_file
+from small_uhf import CROP, PAIR, SMALL, STAGES, START, facts, make, make_batch
 
+from mstkd.config import load_config
 from mstkd.errors import UserError
 from mstkd.export import export
 from mstkd.methods import build, read_config, stage_names
@@ -21,10 +22,6 @@ from mstkd.shards.build import build as build_set
 from mstkd.shards.dataset import SPEC_FOLDER
 from mstkd.shards.phantom import write_phantom
 from mstkd.teacher_source import stages_left_out
-
-SMALL = [f"data.crop={list(CROP)}", f"method.network={json.dumps(NETWORK)}", "method.base.arguments={width: 5}", "train.steps=2", "train.log_every=1",
-         "validate.every_steps=2", "validate.max_cases=1", "inference.overlap=0", "evaluate.assd=true"]  # fmt: skip
-
 
 # stages
 
@@ -90,10 +87,47 @@ def test_the_sequences_may_be_named():
     assert (alone.low, alone.subsets) == (0, ("t1",))
 
 
+# controls
+
+
+def test_a_keeper_that_learnt_nothing_is_the_same_in_every_run_and_changes_no_other_weight():
+    trained, drawn = make(), make(keeper="random")
+    torch.manual_seed(5)
+    again = build({"name": "uhf_guided", **drawn.config.model_dump()}, facts())
+    first, second, other = (method.networks["keeper"].state_dict() for method in (drawn, again, trained))
+    assert all(torch.equal(first[key], second[key]) for key in first) and not all(torch.equal(first[key], other[key]) for key in first)
+    assert all(torch.equal(a, b) for a, b in zip(drawn.networks["student"].parameters(), trained.networks["student"].parameters(), strict=True))
+    assert drawn.needs("fusion") == {"base": "base"} and trained.needs("fusion") == {"keeper": "keeper", "base": "base"}
+    drawn.roles("fusion")["student"].step.train()(make_batch(), {}, START).loss.backward()
+    assert all(p.grad is None for p in drawn.networks["keeper"].parameters())
+
+
+def test_a_keeper_that_says_nothing_has_features_of_0_in_the_keepers_shapes():
+    image, silent = torch.rand(2, 1, 37, 32, 33), make(keeper="zeros")
+    maps = silent.networks["keeper"](image)
+    assert [x.shape for x in maps] == [x.shape for x in make().networks["keeper"](image)] and not any(x.any() for x in maps)
+    logits = silent.predict(torch.rand(1, 2, *CROP), torch.tensor([[True, False]]))
+    assert logits.shape == (1, 4, *CROP)
+
+
+def test_a_teacher_of_the_low_field_image_must_be_asked_for():
+    control = make(high_field="t1_3t")
+    assert control.high == control.low == 0 and control.painted("teacher") == control.painted("keeper") == ("t1_3t", "t1_3t")
+    for stage in STAGES:
+        control.check_stage(stage)
+
+
 # what is refused
 
 
+@pytest.mark.parametrize("stage", ["teacher", "keeper"])
+def test_a_stage_that_a_control_has_no_use_for_is_one_line(stage):
+    with pytest.raises(UserError, match=f"stages: with method.keeper=random nobody needs {stage}; give stages=.base,fusion."):
+        make(keeper="random").check_stage(stage)
+
+
 def test_stages_by_their_letters():
+    assert load_config("uhf_phantom", ["stages=all"]).stages is None and load_config("uhf_phantom", ["stages=F"]).stages == ["F"]
     assert stage_names({"name": "uhf_guided"}, ["T", "keeper"]) == ["teacher", "keeper"] and stage_names({"name": "uhf_guided"}, None) is None
     with pytest.raises(UserError, match=r"stages: 'X' is no stage of uhf_guided; its stages: base, teacher, keeper, fusion \(or B, T, K, F\)"):
         stage_names({"name": "uhf_guided"}, ["X"])
@@ -169,7 +203,7 @@ def trained(shards, one_rank, tmp_path_factory):
     found = {}
     for name, own in (("pairs", "stages=[T,K]"), ("scans", f"teacher.path={runs / 'pairs'}")):
         words = [*SMALL, f"data.shards={shards / name}", f"runs_dir={runs}", f"name={name}", own]
-        found[name] = one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_phantom", overrides=words)[0]
+        found[name] = one_rank.run("teacher_ranks.py", "run", recipe="uhf_phantom", overrides=words)[0]
     return runs, found
 
 
@@ -214,17 +248,43 @@ def test_what_is_exported_and_predicted_needs_the_low_field_image_alone(trained,
     assert image.shape == (32, 32, 32) and set(np.unique(image.dataobj)) <= {0, 1, 2, 3}
 
 
+def best(run, stage, role):
+    checkpoints = run / stage / "checkpoints"
+    return load_file(checkpoints / (checkpoints / "best").read_text().strip() / f"{role}.safetensors")
+
+
 def test_a_keeper_from_a_file_gives_the_same_run(trained, shards, one_rank, tmp_path):
     runs, rows = trained
-    folder = runs / "pairs/keeper/checkpoints"
-    weights = load_file(folder / (folder / "best").read_text().strip() / "keeper.safetensors")
+    weights = best(runs / "pairs", "keeper", "keeper")
     torch.save({key.removeprefix("keeper."): value for key, value in weights.items()}, tmp_path / "keeper.pth")
     words = [*SMALL, f"data.shards={shards / 'scans'}", f"runs_dir={tmp_path}", "name=file", f"teacher.path={tmp_path / 'keeper.pth'}", "teacher.network=keeper"]
-    found = one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_phantom", overrides=words)[0]
+    found = one_rank.run("teacher_ranks.py", "run", recipe="uhf_phantom", overrides=words)[0]
     assert {step: row["train/ce"] for step, row in found["fusion"].items()} == {step: row["train/ce"] for step, row in rows["scans"]["fusion"].items()}
 
 
+def test_the_base_may_come_as_encoder_and_decoder_from_files_and_the_keeper_from_a_run(trained, shards, one_rank, tmp_path):
+    from mstkd.evaluate.weights import open_run
+
+    runs, rows = trained
+    base = {key.removeprefix("base."): value for key, value in best(runs / "scans", "base", "base").items()}
+    save_file({key.removeprefix("encoder."): value for key, value in base.items() if key.startswith("encoder.")}, tmp_path / "encoder.safetensors")
+    torch.save({key: value for key, value in base.items() if key.startswith("decoder.")}, tmp_path / "decoder.pth")
+    given = f"teacher.path={{keeper: {runs / 'pairs'}, base: {{encoder: {tmp_path / 'encoder.safetensors'}, decoder: {tmp_path / 'decoder.pth'}}}}}"
+    words = [*SMALL, f"data.shards={shards / 'scans'}", f"runs_dir={tmp_path}", "name=parts", given]
+    found = one_rank.run("teacher_ranks.py", "run", recipe="uhf_phantom", overrides=words)[0]
+    assert list(found) == ["fusion"]
+    assert {step: row["train/ce"] for step, row in found["fusion"].items()} == {step: row["train/ce"] for step, row in rows["scans"]["fusion"].items()}
+    run = open_run(tmp_path / "parts")
+    assert run.networks == ("student", "base") and torch.equal(run.method.networks["base"].state_dict()["encoder.0.0.weight"], base["encoder.0.0.weight"])
+    (tmp_path / "decoder.pth").unlink()
+    assert open_run(tmp_path / "parts").networks == ("student",)  # half a base is none
+
+
 @pytest.mark.parametrize(("words", "expected"), [
+    (["teacher.path={critic: PAIRS}"], "teacher.path.critic: uhf_guided freezes base, keeper, teacher; name one of them"),
+    (["teacher.path={base: {encodr: PAIRS}}"], "teacher.path.base.encodr: the network has no such part; it has encoder, decoder"),
+    (["teacher.path={base: {encoder: PAIRS}}"], "teacher.path.base: no file gives decoder.0.merge.0.weight; the network consists of encoder, decoder"),
+    (["teacher.path={keeper: PAIRS}", "teacher.network=keeper"], "teacher.network: teacher.path gives networks by their names; remove the key"),
     (["stages=F"], "stage keeper has no best checkpoint, and keeper is what this stage begins with: `mstkd train"),
     (["stages=K"], "config.yaml stages=[teacher]` trains it, or teacher.path=RUN takes it from another run"),
     (["data.shards=SCANS"], "stages: teacher learns from pairs of low-field and 7T images, and the set has t1 alone"),
@@ -240,7 +300,7 @@ def test_bad_input_is_one_line(words, expected, trained, shards, one_rank, tmp_p
         given = [word.replace(name, str(place)) for word in given]
     words = [*SMALL, f"data.shards={shards / 'pairs'}", f"runs_dir={tmp_path}", *given]
     with pytest.raises(AssertionError) as caught:
-        one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_phantom", overrides=words)
+        one_rank.run("teacher_ranks.py", "run", recipe="uhf_phantom", overrides=words)
     last = str(caught.value).strip().splitlines()[-1]
     assert last.startswith("mstkd.errors.UserError") and expected in last
 

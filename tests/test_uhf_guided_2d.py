@@ -150,6 +150,11 @@ def test_fusion_begins_with_every_planes_base():
         assert all(torch.equal(value, student[key]) for key, value in base.items())
 
 
+def test_one_plane_may_be_named_alone():
+    method = make(planes="sagittal")
+    assert method.config.planes == ["sagittal"] and all(list(network.planes) == ["sagittal"] for network in method.networks.values())
+
+
 @pytest.mark.parametrize(("change", "expected"), [
     ({"planes": []}, "name one or more different ones"), ({"planes": ["axial", "axial"]}, "name one or more different ones"),
     ({"planes": ["oblique"]}, "method.planes"), ({"slices": 0}, "method.slices"),
@@ -170,7 +175,7 @@ def test_a_run_on_slices_is_scored_as_a_whole(one_rank, tmp_path):
     section = SMALL | {"planes": ["axial", "sagittal"]}
     words = [f"data.shards={tmp_path / 'shards'}", f"runs_dir={tmp_path}", "name=slices", f"data.crop={list(CROP)}", "train.steps=2", "train.log_every=1",
              "validate.every_steps=2", "validate.max_cases=1", *(f"method.{key}={json.dumps(value)}" for key, value in section.items())]  # fmt: skip
-    rows = one_rank.run("teacher_ranks.py", "run", recipe="uhf_guided_2d_phantom", overrides=words)[0]
+    rows = one_rank.run("teacher_ranks.py", "run", recipe="uhf_2d_phantom", overrides=words)[0]
     assert list(rows) == ["base", "teacher", "keeper", "fusion"] and "train/dice_sagittal" in rows["fusion"][2] and rows["keeper"][2]["val/psnr"] > 0
     summary = evaluate_run(tmp_path / "slices")
     assert list(summary["subsets"]) == [PAIR[0]] and list(summary["mean"]) == ["CSF", "GM", "WM"]

@@ -167,9 +167,10 @@ def _settings(run: EvaluatedRun) -> dict[str, Any]:
     """What makes a run's recipe, by dotted key: without seed, names, places and what changes no update."""
     values = dict(leaves(resolved(run.config)))
     ignored = lambda key: any(fnmatchcase(key, free) or fnmatchcase(key, f"{free}.*") for free in IGNORED)  # noqa: E731
-    kept = {key: value for key, value in values.items() if key in PATHS or not ignored(key)}
-    for key in PATHS:
-        if kept.get(key):  # each seed may have a teacher of its own
+    place = lambda key: any(key == path or key.startswith(f"{path}.") for path in PATHS)  # noqa: E731
+    kept = {key: value for key, value in values.items() if place(key) or not ignored(key)}
+    for key in filter(place, kept):
+        if kept[key]:  # each seed may have a teacher of its own
             kept[key] = without_seed(PurePath(kept[key]).name, run.config.seed)
     if [*run.scores] == [kept.get(OWN_SUBSET)]:
         del kept[OWN_SUBSET]

@@ -140,13 +140,16 @@ def load_given(run_dir: Path, method: Method, config: RunConfig, loaded: set[str
         if pointer.is_file() and (folder := pointer.parent / pointer.read_text().strip()).joinpath(STATE).is_file():
             origin |= read_state(folder).frozen
     found = set()
-    for network in sorted(origin.keys() - loaded):
-        file, sha256 = Path(origin[network]["path"]), origin[network]["sha256"]
-        if file.is_file() and identity(file)["sha256"] == sha256:
-            load_weights(method.networks[network], network, [file], config.teacher.network)
+    for network in sorted({name.partition(".")[0] for name in origin} - loaded):
+        parts = {name: Path(there["path"]) for name, there in origin.items() if name.partition(".")[0] == network}
+        changed = [name for name, file in parts.items() if not file.is_file() or identity(file)["sha256"] != origin[name]["sha256"]]
+        if not changed:
+            for name, file in parts.items():  # the whole network, or some of its modules each
+                load_weights(method.networks[network].get_submodule(name.partition(".")[2]), name, [file], config.teacher.network)
             found.add(network)
         elif network not in method.scored:
-            raise UserError(f"{run_dir}: its frozen network {network} came from {file}, which is not as it was (sha256 {sha256[:12]}); restore it")
+            name = changed[0]
+            raise UserError(f"{run_dir}: its frozen network {name} came from {parts[name]}, which is not as it was (sha256 {origin[name]['sha256'][:12]}); restore it")
     return found
 
 

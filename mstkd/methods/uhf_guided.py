@@ -5,6 +5,7 @@ Four stages: `base` (B) trains a plain segmenter; `teacher` (T) auto-encodes 7T 
 it the frozen keeper's features and trains on. At use time only the low-field image is needed; the base is scored beside the student.
 Pairs and labelled scans are other people's heads, in other shard sets with other sequences, hence two runs: one on pairs,
 `stages=[T,K]`, and one on labelled scans with `teacher.path=` the first, which trains B and F. A labelled set of pairs can do all in one.
+Controls of where a gain comes from: `keeper: random` and `zeros`, and a `high_field` that is the low-field image itself.
 The source is known by its abstract, by summaries and by its code. Where this differs from the released code, and why:
 - the teacher's noise is Gaussian of mean 0 (there uniform in [0, 1): a bias that its decoder learns and nobody gives it later): `noise`;
 - the keeper's gate finds the strongest voxel on every axis; moments are averaged over the batch, not summed;
@@ -15,6 +16,7 @@ The source is known by its abstract, by summaries and by its code. Where this di
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -31,12 +33,13 @@ from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.models.uhf_backbones import Double, MonaiSegResNet, MonaiSwinUNETR, Up, build_backbone, multiple_of
 from mstkd.models.uhf_fusion import Fusion, GuidedSegmenter
-from mstkd.models.uhf_keeper import Dense, Guide, Keeper
+from mstkd.models.uhf_keeper import Dense, Guide, Keeper, Silent
 from mstkd.models.uhf_layers import Block, PatchCritic, channels_of
 from mstkd.models.uhf_teacher import Teacher
 from mstkd.targets import ExclusiveClasses
 
 SMALLEST = 32  # voxels per axis that the critic can take
+UNTRAINED_SEED = 0  # of `keeper: random`, which no checkpoint holds
 
 
 class UnitIntensity(IntensityConfig):
@@ -85,6 +88,7 @@ class WeightConfig(Section):
 class UHFGuidedConfig(Section):
     low_field: str | None = None  # the sequence that is segmented; default: the set's first
     high_field: str | None = None  # the one that the teacher sees; default: the set's last
+    keeper: Literal["trained", "random", "zeros"] = "trained"  # random: it learnt nothing, and is the same in every run; zeros: features of 0
     network: NetworkConfig = NetworkConfig()
     base: BaseConfig = BaseConfig()
     noise: NoiseConfig = NoiseConfig()
@@ -225,7 +229,9 @@ class UHFGuided(Method):
             raise UserError(f"{key} {list(crop)}: {config.base.architecture} of method.base needs multiples of {step}; use {nearest}")
 
     def check_stage(self, stage: str) -> None:
-        if stage in ("teacher", "keeper") and self.high == self.low:
+        if stage in ("teacher", "keeper") and self.config.keeper != "trained":
+            raise UserError(f"stages: with method.keeper={self.config.keeper} nobody needs {stage}; give stages=[base,fusion]")
+        if stage in ("teacher", "keeper") and self.high == self.low and self.config.high_field not in self.facts.sequences:
             there = f"the set has {', '.join(self.facts.sequences)}{f' and no {name}' if (name := self.config.high_field) else ' alone'}"
             raise UserError(
                 f"stages: {stage} learns from pairs of low-field and 7T images, and {there}; train it on a set of pairs in a run of its own "
@@ -246,7 +252,8 @@ class UHFGuided(Method):
         return stage_steps(stage, self.networks.__getitem__, self.networks["teacher"], self.low, self.high, self.config.weights, self.classes)
 
     def needs(self, stage: str) -> dict[str, str]:
-        return {"keeper": {"teacher": "teacher"}, "fusion": {"keeper": "keeper", "base": "base"}}.get(stage, {})
+        guides = {"keeper": "keeper"} if self.config.keeper == "trained" else {}
+        return {"keeper": {"teacher": "teacher"}, "fusion": {**guides, "base": "base"}}.get(stage, {})
 
     def begin(self, stage: str) -> None:
         """Fusion starts from the base segmenter; the modules that it adds are fresh."""
@@ -286,8 +293,18 @@ def build_networks(config: UHFGuidedConfig, dimensions: int, outputs: int) -> di
         raise UserError(f"method.base: {error}; see the class's arguments in mstkd/models/uhf_backbones.py or MONAI") from None
     return {
         "student": student, "base": plain, "teacher": Teacher(dimensions, network.width, noise.kind, noise.std, noise.levels),
-        "keeper": Keeper(dimensions, network.width, network.keeper_width), "critic": PatchCritic(dimensions, network.critic_width),
+        "keeper": build_keeper(config, dimensions), "critic": PatchCritic(dimensions, network.critic_width),
     }  # fmt: skip
+
+
+def build_keeper(config: UHFGuidedConfig, dimensions: int) -> nn.Module:
+    """The keeper, or what stands in its place as a control."""
+    if config.keeper == "zeros":
+        return Silent(dimensions, config.network.width)
+    with nullcontext() if config.keeper == "trained" else torch.random.fork_rng(devices=[]):
+        if config.keeper == "random":
+            torch.manual_seed(UNTRAINED_SEED)
+        return Keeper(dimensions, config.network.width, config.network.keeper_width)
 
 
 def segmented(image: Tensor, segmenter: nn.Module, keeper: nn.Module | None) -> Tensor:

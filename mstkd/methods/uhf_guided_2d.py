@@ -11,10 +11,10 @@ Where this differs from the released code, beside what `uhf_guided` says:
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
@@ -32,6 +32,11 @@ class UHFGuided2DConfig(UHFGuidedConfig):
     planes: list[Literal["axial", "coronal", "sagittal"]] = ["axial", "coronal", "sagittal"]
     slices: int = Field(16, ge=1)  # of each volume of a micro-batch, per plane
     absent: Literal["skipped", "counted"] = "skipped"  # classes that the slices do not show, in soft Dice
+
+    @field_validator("planes", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _different(self) -> "UHFGuided2DConfig":

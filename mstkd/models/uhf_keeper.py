@@ -112,3 +112,16 @@ class Keeper(nn.Module):
         for guide, own in zip(self.guides, reversed(maps[:-1]), strict=True):
             guides.append(guide(guides[-1], own))
         return guides[::-1]
+
+
+class Silent(nn.Module):
+    """In place of a keeper: features of 0, as a control of what fusion does without any."""
+
+    def __init__(self, dimensions: int = 3, width: int = 16):
+        super().__init__()
+        self.channels = channels_of(width, dimensions)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """As a keeper's, all 0."""
+        sizes = ([size // 2**level for size in image.shape[2:]] for level in range(LEVELS))
+        return [image.new_zeros(len(image), channels, *size) for channels, size in zip(self.channels, sizes, strict=True)]

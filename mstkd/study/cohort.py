@@ -17,7 +17,7 @@ def prepare_cohort(config: CohortConfig, folder: Path, workers: int) -> Path:
     """
     shards, noted = folder / "shards", folder / "cohort.json"
     asked = config.model_dump(mode="json")
-    if noted.is_file() and (before := json.loads(noted.read_text())) != asked:
+    if noted.is_file() and (before := CohortConfig(**json.loads(noted.read_text())).model_dump(mode="json")) != asked:
         key = next(key for key in asked if before.get(key) != asked[key])
         raise UserError(f"{folder}: cohort.{key} was {before.get(key)} and is now {asked[key]}; give the study another name=..., or remove the folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,10 +28,9 @@ def prepare_cohort(config: CohortConfig, folder: Path, workers: int) -> Path:
     if nifti.is_dir():  # written in one move, so it is whole
         names = sorted(path.name for path in nifti.iterdir())
     else:
-        names = write_phantom(nifti, subjects=config.subjects, size=config.size, seed=config.seed)
-    splits = folder / "splits.json"
-    train, validation = names[: config.train], names[config.train : config.train + config.validation]
-    splits.write_text(json.dumps({"version": 1, "folds": [{"train": train, "val": validation}], "test": names[config.train + config.validation :]}))
-    build("phantom", nifti, shards, workers=workers, splits=splits, resume=True)
+        names = write_phantom(nifti, subjects=config.subjects, size=config.size, seed=config.seed, paired_7t=config.pairs is not None)
+    splits, (folds, test) = folder / "splits.json", config.groups(names)
+    splits.write_text(json.dumps({"version": 1, "folds": folds, "test": test}))
+    build("phantom_7t" if config.pairs else "phantom", nifti, shards, workers=workers, splits=splits, resume=True)
     shutil.rmtree(nifti)
     return shards

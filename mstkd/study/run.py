@@ -10,7 +10,7 @@ from mstkd.compare.run import compare
 from mstkd.compare.tasks import TASKS
 from mstkd.config import RunConfig
 from mstkd.errors import TrainingError, UserError
-from mstkd.methods import load, read_config
+from mstkd.methods import load, read_config, stage_names
 from mstkd.recipe import written_override
 from mstkd.run_folder import check_prediction, leaves
 from mstkd.study.cohort import prepare_cohort
@@ -29,20 +29,31 @@ def run_study(study: StudyConfig, say: Say) -> Path:
     with alone(study.folder) as lock:
         shards = str(prepare_cohort(study.cohort, study.folder / "cohort", study.jobs)) if study.cohort else ""
         chosen = tune(study, shards, lock, say)
-        trained = [arm for arm, declared in study.arms.items() if declared.of is None]
-        runs = [_run(study, arm, shards, f"{arm}-seed{seed}", seed, "runs", chosen[arm]) for seed in study.seeds for arm in trained]
-        again = [_another(study, arm, run, shards, chosen[run.arm]) for run in runs for arm, declared in study.arms.items() if declared.of == run.arm]
-        for run in again:
-            run.check()
-        failed = _bring_to_end(runs, study, lock, say)
-        failed += _bring_to_end([run for run in again if run.of not in failed], study, lock, say) if again else []
-        everything = [*runs, *again]
-        if failed:
-            raise _failure(study, everything, failed)
-        arms = {study.label(arm): [run.folder for run in everything if run.arm == arm] for arm in study.arms}
+        runs = _runs(study, shards, chosen)
+        if failed := _bring_to_end(runs, study, lock, say):
+            raise _failure(study, runs, failed)
         out = study.folder / "comparison"
-        compare(arms, out, baseline=study.label(study.baseline), primary=study.label(study.method))
+        for name, question in study.comparisons.items():
+            arms = {study.label(arm): [run.folder for run in runs if run.arm == arm] for arm in study.compared(question)}
+            compare(arms, out / name, baseline=study.label(question.baseline), primary=study.label(question.method))
         return out
+
+
+def _runs(study: StudyConfig, shards: str, chosen: dict[str, dict[str, Any]]) -> list[StudyRun]:
+    """Every arm with every seed, behind those whose networks it takes; last those that are other evaluations."""
+    runs: list[StudyRun] = []
+    again = {arm: declared.of for arm, declared in study.arms.items() if declared.of}
+    for seed in study.seeds:
+        of_seed: dict[str, StudyRun] = {}
+        for arm, declared in study.arms.items():
+            if arm in again:
+                continue
+            given = {network: of_seed[source] for network, source in declared.takes.items()}
+            changes = [chosen[arm], *([{"teacher": {"path": {network: str(run.folder) for network, run in given.items()}}}] if given else [])]
+            of_seed[arm] = _run(study, arm, shards, f"{arm}-seed{seed}", seed, "runs", *changes, after=tuple(given.values()))
+        runs += of_seed.values()
+        runs += [_another(study, arm, of_seed[of], shards, chosen[of]) for arm, of in again.items()]
+    return runs
 
 
 def tune(study: StudyConfig, shards: str, lock: IO, say: Say) -> dict[str, dict[str, Any]]:
@@ -74,12 +85,12 @@ def tune(study: StudyConfig, shards: str, lock: IO, say: Say) -> dict[str, dict[
 def _check_methods(study: StudyConfig) -> None:
     """Raise UserError where the arms' methods cannot be compared."""
     tasks = {arm: _checked_task(study, arm) for arm in study.arms}
-    known = [task.name for task in TASKS]
+    known, first = [task.name for task in TASKS], next(iter(study.comparisons.values())).baseline
     for arm, task in tasks.items():
         if task not in known:
             raise UserError(f"arm {arm}: its method is for {task}; a study compares methods for {' or '.join(known)}")
-        if task != tasks[study.baseline]:
-            raise UserError(f"arm {arm}: its method is for {task} and that of {study.baseline} for {tasks[study.baseline]}; the arms of a study share one task")
+        if task != tasks[first]:
+            raise UserError(f"arm {arm}: its method is for {task} and that of {first} for {tasks[first]}; the arms of a study share one task")
 
 
 def _checked_task(study: StudyConfig, arm: str) -> str:
@@ -88,13 +99,12 @@ def _checked_task(study: StudyConfig, arm: str) -> str:
         values = run_config(study, arm, "check", "checked", 0, candidate)
         try:
             read_config(values["method"])
+            stage_names(values["method"], values.get("stages"))
         except UserError as error:
             raise UserError(f"arm {arm}: {error}") from None
         method = load(values["method"]["name"])
         if study.arms[arm].of:
             _check_prediction(study, arm, method.sampling)
-        if values.get("stages") and method.stages[-1] not in values["stages"]:
-            raise UserError(f"arm {arm}: stages: the last one, {method.stages[-1]}, is left out; remove the key")
     return method.task
 
 
@@ -113,9 +123,9 @@ def _short(study: StudyConfig) -> dict[str, Any]:
     return {"train": {"steps": steps, "epochs": None}, "validate": {"every_steps": steps}, "checkpoint": {"every_steps": steps}}
 
 
-def _run(study: StudyConfig, arm: str, shards: str, name: str, seed: int, kind: str, *changes: dict[str, Any]) -> StudyRun:
+def _run(study: StudyConfig, arm: str, shards: str, name: str, seed: int, kind: str, *changes: dict[str, Any], after: tuple[StudyRun, ...] = ()) -> StudyRun:
     values = run_config(study, arm, shards, name, seed, *changes, {"runs_dir": str(study.folder / kind)})
-    return StudyRun(arm, values, study.folder / "recipes" / kind, evaluate=kind == "runs")
+    return StudyRun(arm, values, study.folder / "recipes" / kind, evaluate=kind == "runs" and arm in study.evaluated, after=after)
 
 
 def _another(study: StudyConfig, arm: str, run: StudyRun, shards: str, chosen: dict[str, Any]) -> AnotherEvaluation:
@@ -123,7 +133,7 @@ def _another(study: StudyConfig, arm: str, run: StudyRun, shards: str, chosen: d
     seed = run.values["seed"]
     values = run_config(study, arm, shards, f"{arm}-seed{seed}", seed, chosen, study.arms[arm].recipe, {"runs_dir": run.values["runs_dir"]})
     overrides = tuple(written_override(key, value) for key, value in leaves(study.arms[arm].recipe))
-    return AnotherEvaluation(arm, values, run.notes, evaluate=True, of=run, overrides=overrides)
+    return AnotherEvaluation(arm, values, run.notes, evaluate=True, after=(run,), overrides=overrides)
 
 
 def _bring_to_end(runs: Sequence[StudyRun], study: StudyConfig, lock: IO, say: Say) -> list[StudyRun]:

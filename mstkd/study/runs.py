@@ -18,12 +18,12 @@ import yaml
 from mstkd.compare.runs import evaluated_since
 from mstkd.engine.checkpoint import is_finished, read_state
 from mstkd.errors import UserError
-from mstkd.methods import load
+from mstkd.methods import load, stage_names
 from mstkd.run_folder import evaluation_folder, leaves
 
 MSTKD = str(Path(sysconfig.get_path("scripts")) / "mstkd")
 POLL_S = 0.2
-FREE = ("runs_dir", "data.shards")  # of a run's recipe: the study's folder may move
+FREE = ("runs_dir", "data.shards", "teacher.path")  # of a run's recipe: the study's folder may move
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity
@@ -34,6 +34,7 @@ class StudyRun:
     values: dict[str, Any]  # its recipe
     notes: Path  # the folder for the recipe as a file and for what the run says
     evaluate: bool  # score the test split after training
+    after: tuple["StudyRun", ...] = ()  # those whose networks it takes
 
     @property
     def name(self) -> str:
@@ -54,7 +55,9 @@ class StudyRun:
     @property
     def best(self) -> Path:
         """The last stage's pointer to its best checkpoint."""
-        return self.folder / load(self.values["method"]["name"]).stages[-1] / "checkpoints" / "best"
+        method = load(self.values["method"]["name"])
+        asked = stage_names(self.values["method"], self.values.get("stages")) or method.stages
+        return self.folder / [stage for stage in method.stages if stage in asked][-1] / "checkpoints" / "best"
 
     @property
     def trained(self) -> bool:
@@ -64,6 +67,11 @@ class StudyRun:
     def done(self) -> bool:
         """Trained and, if asked for, evaluated since."""
         return self.trained and (not self.evaluate or (self.folder / "evaluation" / "summary.json").is_file() and evaluated_since(self.folder))
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is what it takes."""
+        return all(before.trained for before in self.after)
 
     @property
     def best_score(self) -> float | None:
@@ -99,8 +107,16 @@ class StudyRun:
 class AnotherEvaluation(StudyRun):
     """A run of the study that is trained already, evaluated with other settings of how it predicts."""
 
-    of: StudyRun | None = None
     overrides: tuple[str, ...] = ()  # the settings
+
+    @property
+    def of(self) -> StudyRun:
+        return self.after[0]
+
+    @property
+    def ready(self) -> bool:
+        """Two evaluations of one run would write into its folder at once."""
+        return not self.of.evaluate and self.of.trained or self.of.done
 
     @property
     def folder(self) -> Path:
@@ -137,15 +153,16 @@ def alone(folder: Path) -> Iterator[IO]:
 def run_all(runs: Sequence[StudyRun], jobs: int, lock: IO, say: Callable[[str], None]) -> list[StudyRun]:
     """Bring every run to its end, `jobs` at once; those that are done already are left alone. Returns those that failed.
 
-    A failed run does not stop the others. What ends this call, a signal too, is passed on to the running ones, which save.
+    A failed run does not stop the others but for those that take from it. What ends this call, a signal too, is passed on
+    to the running ones, which save.
     """
     waiting, failed = [run for run in runs if not run.done], []
     say(f"{len(runs) - len(waiting)} of {len(runs)} runs are done, {len(waiting)} to go")
     began, ended = time.monotonic(), 0
     with _children() as running:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                run = waiting.pop(0)
+            while len(running) < jobs and (run := next((run for run in waiting if run.ready), None)):
+                waiting.remove(run)
                 running[run] = _start(run, lock)
             for run, (process, trained_before) in list(running.items()):
                 if process.poll() is None:
@@ -155,12 +172,23 @@ def run_all(runs: Sequence[StudyRun], jobs: int, lock: IO, say: Callable[[str], 
                     waiting.insert(0, run)  # trained: now its evaluation
                     continue
                 good = process.returncode == 0 and run.done
-                failed += [] if good else [run]
+                lost = [] if good else _give_up(waiting, run)
+                failed += [] if good else [run, *lost]
                 ended += 1
                 left = (time.monotonic() - began) / ended * (len(waiting) + len(running)) / 60
                 say(f"{run.name}: {'done' if good else f'FAILED, see {run.log}'} ({len(waiting) + len(running)} left, about {left:.0f} min)")
+                for one in lost:
+                    say(f"{one.name}: not begun, since {run.name} failed")
             time.sleep(POLL_S)
     return failed
+
+
+def _give_up(waiting: list[StudyRun], failed: StudyRun) -> list[StudyRun]:
+    """Take those out of `waiting` that need what a failed run lacks; returns them."""
+    lost = [run for run in waiting if failed in run.after and not run.ready]
+    for run in lost:
+        waiting.remove(run)
+    return lost + [further for run in lost for further in _give_up(waiting, run)]
 
 
 def _start(run: StudyRun, lock: IO) -> tuple[subprocess.Popen, bool]:

@@ -340,7 +340,7 @@ def run_params(config: RunConfig) -> dict[str, object]:
 
 
 def _is_path(key: str, value: object) -> bool:
-    return key.rpartition(".")[2] in PATH_KEYS or (isinstance(value, str) and ("/" in value or "\\" in value))
+    return not PATH_KEYS.isdisjoint(key.split(".")) or (isinstance(value, str) and ("/" in value or "\\" in value))
 
 
 def _flatten(value: object, prefix: str) -> Iterator[tuple[str, object]]:
