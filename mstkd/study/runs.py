@@ -116,7 +116,7 @@ class AnotherEvaluation(StudyRun):
     @property
     def ready(self) -> bool:
         """Two evaluations of one run would write into its folder at once."""
-        return not self.of.evaluate and self.of.trained or self.of.done
+        return self.of.done
 
     @property
     def folder(self) -> Path:
