@@ -60,14 +60,9 @@ def read_run(folder: Path) -> EvaluatedRun:
     """The evaluation in `folder`/evaluation. Raises UserError: no run, not evaluated, another task, files that disagree."""
     folder = Path(folder)
     config, data = read_run_config(folder), read_record(folder)["data"]
-    rows_path, summary_path = (folder / "evaluation" / name for name in ("per_case.csv", "summary.json"))
-    if not (rows_path.is_file() and summary_path.is_file()):
-        raise UserError(f"{folder}: not evaluated on its test split yet; run `mstkd evaluate {folder}` first")
-    if not evaluated_since(folder):
-        raise UserError(f"{folder}: was trained on after its evaluation; run `mstkd evaluate {folder}` again")
-    rows = _read_rows(rows_path, folder)
+    rows_path = folder / "evaluation" / "per_case.csv"
+    rows, summaries = read_evaluation(folder)
     task = _task(rows_path, rows)
-    first, *others = list(dict.fromkeys(row["network"] for row in rows))
 
     def scored(network: str, summary: dict[str, Any]) -> EvaluatedRun:
         scores = _scores(task, [row for row in rows if row["network"] == network], rows_path, folder)
@@ -76,11 +71,26 @@ def read_run(folder: Path) -> EvaluatedRun:
         ours, notes = ({key: text for key, text in texts.items() if (key in NOTES) == noted} for noted in (False, True))
         return EvaluatedRun(folder, config, data, task, network, scores, ours, notes, mark)
 
-    run = scored(first, json.loads(summary_path.read_text()))
-    summaries = {network: folder / "evaluation" / f"summary_{network}.json" for network in others}
-    read = {network: json.loads(path.read_text()) for network, path in summaries.items() if path.is_file()}
-    oracles = [scored(network, summary) for network, summary in read.items() if summary.get("oracle")]
+    (first, summary), *others = summaries.items()
+    run = scored(first, summary)
+    oracles = [scored(network, summary) for network, summary in others if summary.get("oracle")]
     return replace(run, references=(*oracles, *_copies(run)))
+
+
+def read_evaluation(folder: Path) -> tuple[list[dict[str, str]], dict[str, dict[str, Any]]]:
+    """The lines of `folder`/evaluation/per_case.csv and the summaries by network, the one that the run is for first.
+
+    Raises UserError: not evaluated, or trained on since.
+    """
+    rows_path, summary_path = (folder / "evaluation" / name for name in ("per_case.csv", "summary.json"))
+    if not (rows_path.is_file() and summary_path.is_file()):
+        raise UserError(f"{folder}: not evaluated on its test split yet; run `mstkd evaluate {folder}` first")
+    if not evaluated_since(folder):
+        raise UserError(f"{folder}: was trained on after its evaluation; run `mstkd evaluate {folder}` again")
+    rows = _read_rows(rows_path, folder)
+    first, *others = dict.fromkeys(row["network"] for row in rows)
+    paths = {first: summary_path} | {network: summary_path.with_name(f"summary_{network}.json") for network in others}
+    return rows, {network: json.loads(path.read_text()) for network, path in paths.items() if path.is_file()}
 
 
 def evaluated_since(folder: Path) -> bool:
