@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 WIDTH, HEIGHT = 340, 210  # of a chart, in its own pixels
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 10, 34  # round the plot
+LEFT, RIGHT, TOP, BOTTOM = 50, 16, 10, 34  # round the plot
 ROW = 17  # height of a row of boxes
 LETTER = 5.4  # width of a letter of a row's name
 WHISKER = 1.5  # times the interquartile range, at most (Tukey)

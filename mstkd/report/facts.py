@@ -181,7 +181,7 @@ def provenance(runs: Sequence[ReportedRun]) -> list[Table]:
         for attempt in attempts.read(run.folder):
             end = attempt.ending
             ended = f"{end.outcome}{f', {end.stage} step {end.step}' if end.stage else ''}" if end else "not noted"
-            tried.append([f"{run.label}, {attempt.number}", attempt.started, str(attempt.world_size), (attempt.commit or "-")[:12], ended])
+            tried.append([f"{run.label}, {attempt.number}", attempt.started[:16].replace("T", " "), str(attempt.world_size), (attempt.commit or "-")[:12], ended])
     return [Table("", ["", *(run.label for run in runs)], rows), Table("Attempts", ["run, attempt", "started", "ranks", "commit", "ended"], tried)]
 
 

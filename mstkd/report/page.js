@@ -56,11 +56,12 @@ for (const tabs of document.querySelectorAll(".tabs")) {
 
 // The section that is read is marked in the navigation.
 {
-  const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+  const nav = document.querySelector("nav"), links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
   const watcher = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
       for (const [name, link] of links) name === entry.target.id ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
+      nav.scrollLeft = links.get(entry.target.id).offsetLeft - 60;
     }
   }, { rootMargin: "-20% 0px -70% 0px" });
   for (const section of document.querySelectorAll("main > section")) watcher.observe(section);

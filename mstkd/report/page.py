@@ -18,6 +18,7 @@ from mstkd.report.entries import ReportedRun, read_runs
 from mstkd.report.viewer import viewers
 
 SERIES = 8  # colours of page.css; more entries begin again
+TILES = ("parameters of the scored network", "updates", "training, wall time", "peak memory per rank", "one case")  # of the costs, with one run: seen at once
 PICTURES = {"completed_*.png": "{} case: given, true and completed sequences, and their difference", "confusion_*.png": "{}: cases by true and decided class",
             "features.png": "Features of single sequences"}  # fmt: skip
 
@@ -51,6 +52,7 @@ def _default(runs: Sequence[ReportedRun]) -> Path:
 def _content(runs: Sequence[ReportedRun]) -> dict[str, Any]:
     first, task = runs[0], runs[0].task
     texts, notes = facts.conventions(runs)
+    cost = facts.cost(runs)
     return {
         "title": first.label if len(runs) == 1 else f"{len(runs)} runs of {task.name}",
         "runs": runs, "task": task, "version": __version__, "today": date.today().isoformat(), "series": SERIES,
@@ -58,7 +60,7 @@ def _content(runs: Sequence[ReportedRun]) -> dict[str, Any]:
         "cards": tables.cards(task, runs), "maps": tables.heat_maps(task, runs), "sequences": first.sequences,
         "curves": figures.curves(task, runs), "boxes": figures.boxes(task, runs), "of_a_case": task.of_a_case,
         "viewers": viewers(runs), "pictures": _pictures(runs), "training": figures.training(runs),
-        "cost": facts.cost(runs), "data": facts.data(runs), "settings": facts.settings(runs), "provenance": facts.provenance(runs),
+        "cost": cost, "tiles": [row for row in cost.rows if row[0] in TILES] if len(runs) == 1 else [], "data": facts.data(runs), "settings": facts.settings(runs), "provenance": facts.provenance(runs),
         "conventions": texts, "notes": notes, "same_data": len({run.data["digest"] for run in runs}) == 1,
         **{name: Markup(resources.files("mstkd.report").joinpath(file).read_text("utf-8"))
            for name, file in (("style", "page.css"), ("dark", "dark.css"), ("script", "page.js"), ("viewer_script", "viewer.js"))},

@@ -23,6 +23,7 @@ class Measure:
     title: str
     unit: Unit
     ends: tuple[float, float] | None = None  # of the colours, as stored; None: those of the figures, the smallest 0 where less is better
+    primary: bool = False  # shown at once; the others are folded
 
 
 class Task(ABC):
@@ -90,8 +91,8 @@ class _BySubset(Task):
 class Segmentation(_BySubset):
     name, evidence, columns_name = "segmentation", "dice", "regions"
     known = (
-        Measure("dice", "Dice", DICE, (0, 1)), Measure("dice_nonempty", "Dice, truth non-empty", DICE, (0, 1)),
-        Measure("hd95_mm", "HD95", HD95), Measure("hd95_nonempty_mm", "HD95, both non-empty", HD95),
+        Measure("dice", "Dice", DICE, (0, 1), primary=True), Measure("dice_nonempty", "Dice, truth non-empty", DICE, (0, 1)),
+        Measure("hd95_mm", "HD95", HD95, primary=True), Measure("hd95_nonempty_mm", "HD95, both non-empty", HD95),
         Measure("assd_mm", "ASSD", Unit("ASSD mm", larger_is_better=False)),
         Measure("lesion_dice", "Lesion-wise Dice", DICE, (0, 1)), Measure("lesion_hd95_mm", "Lesion-wise HD95", HD95),
     )  # fmt: skip
@@ -104,13 +105,13 @@ class Segmentation(_BySubset):
         shown = []
         for title, columns in panels(self.columns(summary)).items():
             dice, hd95 = (mean_known([self.mean(summary, column, key) for column in columns]) for key in ("dice", "hd95_mm"))
-            shown.append((title, self.known[0], dice, f"HD95 {HD95.text(hd95) or '-'} mm"))
+            shown.append((f"{title} Dice", self.known[0], dice, f"HD95 {HD95.text(hd95) or '-'} mm"))
         return shown
 
 
 class Classification(_BySubset):
     name, evidence, columns_name = "classification", "predicted", "classes"
-    known = (Measure("accuracy", "Accuracy", ACCURACY, (0, 1)), Measure("auc", "AUC", AUC, (0.5, 1)))
+    known = (Measure("accuracy", "Accuracy", ACCURACY, (0, 1), primary=True), Measure("auc", "AUC", AUC, (0.5, 1), primary=True))
     of_a_case = Measure("probability", "Probability of the true class", PROBABILITY, (0, 1))
 
     def case(self, row):
@@ -127,7 +128,7 @@ class Classification(_BySubset):
 class Synthesis(Task):
     name, evidence, columns_name = "synthesis", "psnr", "targets"
     known = (
-        Measure("psnr", "PSNR", PSNR), Measure("ssim", "SSIM", SSIM),
+        Measure("psnr", "PSNR", PSNR, primary=True), Measure("ssim", "SSIM", SSIM, primary=True),
         Measure("local_psnr", "PSNR round WT", PSNR), Measure("local_ssim", "SSIM round WT", SSIM),
         Measure("brain_psnr", "PSNR round the brain", PSNR), Measure("brain_ssim", "SSIM round the brain", SSIM), Measure("lpips", "LPIPS", LPIPS),
     )  # fmt: skip

@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from mstkd.report.entries import Entry, ReportedRun
 from mstkd.report.scores import Measure, Task, missing
+
+FAR = 3  # times the median: where less is better, all beyond has the last colour, so that one bad figure does not hide the others
 
 
 @dataclass(frozen=True)
 class Cell:
     text: str  # empty: there is no figure
     share: float | None  # of the colour, 0 worst to 1 best
-    first: bool  # of its column's entries
+    first: bool  # of a further column's entries
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Card:
     title: str
     facts: str
     headlines: list[Headline]
+    ends: str  # from what it did best and worst
 
 
 def heat_maps(task: Task, runs: Sequence[ReportedRun]) -> list[HeatMap]:
@@ -64,7 +68,7 @@ def _heat_map(task: Task, measure: Measure, entries: Sequence[Entry], sequences:
     low, high = ends(measure, [value for row in [*values, means] for value in row if value is not None])
 
     def cells(row: Sequence[float | None]) -> list[Cell]:
-        return [Cell(measure.unit.text(v), _share(measure, v, low, high), n % len(entries) == 0) for n, v in enumerate(row)]
+        return [Cell(measure.unit.text(v), _share(measure, v, low, high), 1 < len(entries) <= n and n % len(entries) == 0) for n, v in enumerate(row)]
 
     counts = [missing(name, sequences) for name in given]
     rows = []
@@ -87,7 +91,8 @@ def ends(measure: Measure, values: Sequence[float]) -> tuple[float, float]:
     if measure.ends is not None or not values:
         return measure.ends or (0.0, 1.0)
     low = min(values) if measure.unit.larger_is_better else 0.0
-    return low, max(max(values), low + 1e-9)
+    high = max(values) if measure.unit.larger_is_better else min(max(values), FAR * median(values))
+    return low, max(high, low + 1e-9)
 
 
 def _share(measure: Measure, value: float | None, low: float, high: float) -> float | None:
@@ -103,11 +108,24 @@ def cards(task: Task, runs: Sequence[ReportedRun]) -> list[Card]:
         for entry in run.entries:
             title = entry.label if len(runs) > 1 else f"{run.label}: {entry.label}"
             mark = "an oracle: it was given the labels of these cases" if entry.oracle else f"seed {run.config.seed}, {len(run.subjects)} cases"
-            found.append(Card(entry, title, f"{run.method}, {mark}", [_headline(*parts) for parts in task.headlines(entry.summary)]))
+            headlines = [_headline(*parts) for parts in task.headlines(entry.summary)]
+            found.append(Card(entry, title, f"{run.method}, {mark}", headlines, _ends(task, entry)))
     return found
 
 
+def _ends(task: Task, entry: Entry) -> str:
+    """What was given when the network did best and worst, by the first of its curves' measures."""
+    _, measure, _ = task.curves(entry.summary)[0]
+    columns = [column for _, one, columns in task.curves(entry.summary) if one is measure for column in columns]
+    values = {name: task.row_value(entry.summary, name, columns, measure.key) for name in task.given(entry.summary)}
+    ranked = sorted((value, name) for name, value in values.items() if value is not None)
+    if len(ranked) < 2:
+        return ""
+    (low, hardest), (high, easiest) = ranked[0], ranked[-1]
+    return f"Mean {measure.unit.heading}: best from {easiest}, {measure.unit.text(high)}; hardest {hardest}, {measure.unit.text(low)}"
+
+
 def _headline(title: str, measure: Measure, value: float | None, note: str) -> Headline:
-    text, unit = measure.unit.text(value) or "-", measure.unit.heading.removeprefix(measure.title).strip()
+    text, unit = measure.unit.text(value) or "-", measure.unit.heading.partition(" ")[2]
     share = value if value is not None and measure.ends == (0, 1) else None
     return Headline(title, text, unit, share, note)

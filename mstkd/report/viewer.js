@@ -143,7 +143,7 @@
         context.drawImage(image, (k % columns) * tile[0], Math.floor(k / columns) * tile[1], width, height, 0, 0, canvas.width, canvas.height);
         for (const { path, colour, dash } of outlines) {
           context.setLineDash(dash);
-          for (const [style, thick] of [["rgba(0, 0, 0, .55)", 5], [colour, 2.6]]) {
+          for (const [style, thick] of [["rgba(0, 0, 0, .5)", 4.6], [colour, 3]]) {
             context.strokeStyle = style;
             context.lineWidth = thick;
             context.stroke(path);
