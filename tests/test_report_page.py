@@ -256,6 +256,7 @@ def test_the_page_works_and_looks_right_in_a_browser(page, tmp_path):
 
 def _drive_the_viewer(browser):
     from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -272,20 +273,16 @@ def _drive_the_viewer(browser):
     WebDriverWait(browser, 60).until(lambda _: drawn()[0])
     slices, slider = (browser.find_element(By.CSS_SELECTOR, f".viewer {part}") for part in (".slices", "input[type=range]"))
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", slices)
+    outlined = drawn()
+    slices.send_keys("p", "t")
+    bare = drawn()
+    assert bare[0] == outlined[0] and bare[1] != outlined[1], "the same slice without outlines"
     now = moved(drawn(), lambda: slider.send_keys(Keys.ARROW_RIGHT))
     now = moved(now, lambda: ActionChains(browser).click_and_hold(slices).move_by_offset(0, 24).release().perform())
-    now = moved(now, lambda: slices.send_keys(Keys.PAGE_DOWN))
-    from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
-
-    now = moved(now, lambda: ActionChains(browser).scroll_from_origin(ScrollOrigin.from_element(slices), 0, -100).perform())
-    slider.send_keys(Keys.HOME)
-    first = drawn()
-    assert first[0].startswith("slice 1 of ")
-    browser.execute_script("document.querySelector('.viewer input[type=range]').value = arguments[0]", now[0].split()[1])
-    slider.send_keys(Keys.ARROW_LEFT)
-    outlined = drawn()[1]
-    slices.send_keys("p", "t")
-    assert drawn()[1] != outlined  # without outlines
+    now = moved(now, lambda: slices.send_keys(Keys.PAGE_UP))
+    now = moved(now, lambda: ActionChains(browser).scroll_from_origin(ScrollOrigin.from_element(slices), 0, 100).perform())
+    moved(now, lambda: slider.send_keys(Keys.HOME))
+    assert drawn()[0].startswith("slice 1 of ")
     browser.find_element(By.CSS_SELECTOR, ".viewer .subset").send_keys(Keys.END)
     WebDriverWait(browser, 30).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".viewer .unknown"))
 
