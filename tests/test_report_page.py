@@ -169,7 +169,7 @@ def test_without_its_shards_or_weights_a_run_still_has_a_page(run, tmp_path):
     config["data"]["shards"][0]["path"] = str(tmp_path / "moved")
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
     html = write_page([copy]).read_text()
-    assert "No case can be shown" in html and "no longer where the run found it" in html and str(tmp_path) not in html
+    assert "No case can be shown" in html and "cannot be read where the run found it" in html and str(tmp_path) not in html
     assert "cases-data" not in html and len(Tables(html).tables) > 6
 
 

@@ -1,6 +1,7 @@
 """What a page says of a run beside its scores: cost, data, settings, provenance. No subject, patient, site, host or path."""
 
 import json
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from mstkd.run_folder import best_steps
 from mstkd.shards.dataset_fingerprint import FINGERPRINT_FILE, Fingerprint, PerAxis
 from mstkd.track.jsonl import read_records
 from mstkd.track.mlflow_tracker import run_params
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def data(runs: Sequence[ReportedRun]) -> list[Table]:
         title = " + ".join(facts["names"])
         try:
             stores = open_stores(run.config.data)
-        except (UserError, OSError):
-            tables.append(Table(title, ["", ""], rows, "The shard set is no longer where the run found it, so there is no more to say."))
+        except (UserError, OSError) as error:
+            log.warning("%s: no more is said of its data: %s", run.label, error)  # it names paths: not for the page
+            tables.append(Table(title, ["", ""], rows, "The shard set cannot be read where the run found it, so there is no more to say."))
             continue
         fold = run.config.data.fold
         for split in ("train", "val", "test"):

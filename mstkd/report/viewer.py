@@ -68,7 +68,7 @@ def viewers(runs: Sequence[ReportedRun]) -> Viewers:
             case["predictions"][run.label] = {name: packed(_shown(labels)) for name, labels in picture.predictions.items()}
             case["dice"][run.label] = _dice(run, chosen[picture.title])
     if not content:
-        return Viewers(None, "No case can be shown: the shard set or the weights are not where the run found them, or no case has every sequence.")
+        return Viewers(None, "No case can be shown: the shard set or the weights cannot be read where the run found them, or no case has every sequence.")
     note = f" Not shown: {', '.join(left_out)}, whose data, shards or weights are others or gone." if left_out else ""
     return Viewers(content, note)
 
