@@ -17,6 +17,7 @@ from mstkd.launch.bench_cli import bench
 from mstkd.launch.compare_cli import compare
 from mstkd.launch.mlflow_cli import mlflow
 from mstkd.launch.plan_cli import plan
+from mstkd.launch.report_cli import report
 from mstkd.launch.shards_cli import print_table, shards
 from mstkd.launch.status_cli import cancel, logs, status
 from mstkd.launch.study_cli import study
@@ -182,7 +183,8 @@ def predict(
     typer.echo(f"wrote {len(written)} label maps to {output}")
 
 
-app.command()(compare)
+for command in (compare, report):
+    app.command()(command)
 
 
 @app.command()

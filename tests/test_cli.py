@@ -37,7 +37,7 @@ def test_the_commands_are_those_of_the_design():
     assert words == {
         "shards phantom", "shards prepare", "shards build", "shards merge", "shards index", "shards views", "shards verify", "shards inspect", "shards nnunet",
         "shards splits", "bench data",
-        "bench step", "bench cost", "train", "plan", "submit", "status", "logs", "cancel", "study", "evaluate", "compare", "predict", "export", "mlflow ui", "mlflow merge", "methods", "doctor",
+        "bench step", "bench cost", "train", "plan", "submit", "status", "logs", "cancel", "study", "evaluate", "compare", "report", "predict", "export", "mlflow ui", "mlflow merge", "methods", "doctor",
     }  # fmt: skip
 
 

@@ -207,6 +207,9 @@ def test_the_wheel_holds_every_module(wheel):
         ("mstkd/compare/*.html.j2", "mstkd/compare"),
         ("mstkd/compare/*.yaml", "mstkd/compare"),
         ("mstkd/evaluate/*.html.j2", "mstkd/evaluate"),
+        ("mstkd/report/*.html.j2", "mstkd/report"),
+        ("mstkd/report/*.css", "mstkd/report"),
+        ("mstkd/report/*.js", "mstkd/report"),
     ],
 )
 def test_the_wheel_holds_the_data_files(wheel, pattern, installed):

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import socket
 import sqlite3
@@ -17,6 +16,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from headless import chrome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
@@ -343,21 +343,6 @@ def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.3)
     pytest.fail(f"no answer from {url}: {log.read_text()}")
-
-
-def chrome(profile: Path):
-    """Headless Chromium; without it the test is skipped, but on CI it fails."""
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (browser and driver):
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("needs chromium and chromedriver: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    quiet = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
-    for flag in (*quiet.split(), "window-size=1400,900", f"user-data-dir={profile}"):
-        options.add_argument(f"--{flag}")
-    return webdriver.Chrome(options, webdriver.ChromeService(driver))
 
 
 @pytest.mark.browser

@@ -58,7 +58,7 @@ class Measure:
 
 
 DICE = Unit("Dice %", "Dice, percentage points", factor=100)
-HD95 = Unit("HD95 mm")
+HD95 = Unit("HD95 mm", larger_is_better=False)
 PSNR = Unit("PSNR dB", "PSNR, dB", digits=2, colours_end=0.1)
 SSIM = Unit("SSIM", "SSIM", digits=4, colours_end=0.005)
 Z_GRADIENT = Unit("z gradient", "z gradient", digits=4, colours_end=0.005, larger_is_better=False)

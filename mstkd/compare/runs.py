@@ -67,16 +67,9 @@ def read_run(folder: Path) -> EvaluatedRun:
     trained, evaluation = _places(folder)
     own = evaluation / "config.yaml"
     config, data = read_recipe(own) if own.is_file() else read_run_config(trained), read_record(trained)["data"]
-    rows_path, summary_path = (evaluation / name for name in ("per_case.csv", "summary.json"))
-    if not (rows_path.is_file() and summary_path.is_file()):
-        raise UserError(f"{folder}: not evaluated on its test split yet; run `mstkd evaluate {folder}` first")
-    if not evaluated_since(folder):
-        raise UserError(f"{folder}: was trained on after its evaluation; run `mstkd evaluate {trained}` again")
-    rows, summary = _read_rows(rows_path, trained), json.loads(summary_path.read_text())
-    if summary["split"] != "test":
-        raise UserError(f"{folder}: is of the split {summary['split']}; compare evaluations of test splits")
+    rows_path = evaluation / "per_case.csv"
+    rows, summaries = read_evaluation(folder)
     task = _task(rows_path, rows)
-    first, *others = list(dict.fromkeys(row["network"] for row in rows))
 
     def scored(network: str, summary: dict[str, Any]) -> EvaluatedRun:
         scores = _scores(task, [row for row in rows if row["network"] == network], rows_path, trained)
@@ -85,11 +78,29 @@ def read_run(folder: Path) -> EvaluatedRun:
         ours, notes = ({key: text for key, text in texts.items() if (key in NOTES) == noted} for noted in (False, True))
         return EvaluatedRun(folder, trained, evaluation, config, data, task, network, scores, ours, notes, mark)
 
+    (first, summary), *others = summaries.items()
+    if summary["split"] != "test":
+        raise UserError(f"{folder}: is of the split {summary['split']}; compare evaluations of test splits")
     run = scored(first, summary)
-    summaries = {network: evaluation / f"summary_{network}.json" for network in others}
-    read = {network: json.loads(path.read_text()) for network, path in summaries.items() if path.is_file()}
-    oracles = [scored(network, summary) for network, summary in read.items() if summary.get("oracle")]
+    oracles = [scored(network, summary) for network, summary in others if summary.get("oracle")]
     return replace(run, references=(*oracles, *_copies(run)))
+
+
+def read_evaluation(folder: Path) -> tuple[list[dict[str, str]], dict[str, dict[str, Any]]]:
+    """The lines of per_case.csv and the summaries by network, the one that the run is for first; `folder` as for `read_run`.
+
+    Raises UserError: not evaluated, or trained on since.
+    """
+    trained, evaluation = _places(folder)
+    rows_path, summary_path = (evaluation / name for name in ("per_case.csv", "summary.json"))
+    if not (rows_path.is_file() and summary_path.is_file()):
+        raise UserError(f"{folder}: not evaluated on its test split yet; run `mstkd evaluate {folder}` first")
+    if not evaluated_since(folder):
+        raise UserError(f"{folder}: was trained on after its evaluation; run `mstkd evaluate {trained}` again")
+    rows = _read_rows(rows_path, trained)
+    first, *others = dict.fromkeys(row["network"] for row in rows)
+    paths = {first: summary_path} | {network: evaluation / f"summary_{network}.json" for network in others}
+    return rows, {network: json.loads(path.read_text()) for network, path in paths.items() if path.is_file()}
 
 
 def evaluated_since(folder: Path) -> bool:

@@ -22,12 +22,17 @@ class CasePicture:
     """A case to show; volumes (X, Y, Z) RAS+."""
 
     title: str
-    background: NDArray  # one sequence, any units
+    images: dict[str, NDArray]  # by sequence, in the data set's order, any units; their smallest value outside the brain
     truth: NDArray[np.uint8]  # in `truth_scheme`
     truth_scheme: LabelScheme
     predictions: dict[str, NDArray[np.uint8]]  # by subset name, in `scheme`
     scheme: LabelScheme
     spacing_mm: tuple[float, float, float]
+
+    @property
+    def background(self) -> NDArray:
+        """What figures of one sequence show: the first."""
+        return next(iter(self.images.values()))
 
 
 def heat_map(summary: dict[str, Any], title: str, path: Path, key: str = "dice", label: str = "Dice %") -> None:

@@ -49,21 +49,21 @@ def best_median_worst(rows: Sequence[Row | Completion], figure: str = "dice") ->
 
 
 def case_pictures(
-    predictor: Predictor, network: str, source: CaseSource, chosen: dict[str, str], scheme: LabelScheme
+    predictor: Predictor, network: str, source: CaseSource, chosen: dict[str, str], scheme: LabelScheme, subsets: Sequence[Subset] | None = None
 ) -> list[CasePicture]:
-    """The chosen cases, which must have every sequence, with their predictions."""
+    """The chosen cases, which must have every sequence, with their predictions from `subsets`, by default `shown_subsets`."""
+    subsets = shown_subsets(predictor.sequences, predictor.takes) if subsets is None else subsets
     pictures = []
     with evaluation_mode(predictor.method):
         for rank, subject in chosen.items():
             sample = source.subject(subject)
             case, predictions = predictor.case(sample), {}
-            for subset in shown_subsets(predictor.sequences, predictor.takes):
+            for subset in subsets:
                 predictions[subset_name(predictor.sequences, subset)] = predictor.labels(network, *case.given(subset))
-            black = sample.image[0].min()
             pictures.append(
                 CasePicture(
                     title=rank,  # no subject key: pictures go to MLflow
-                    background=np.where(sample.brain, sample.image[0], black),
+                    images={name: np.where(sample.brain, image, image.min()) for name, image in zip(predictor.sequences, sample.image, strict=True)},
                     truth=labelled(source, subject),
                     truth_scheme=source.label_scheme,
                     predictions=predictions,
