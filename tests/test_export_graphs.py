@@ -56,11 +56,14 @@ def test_no_segmentation_method_is_left_out():
 
 @pytest.mark.parametrize("name", ["mst_kdnet", "mmformer", "shaspec", "released shaspec"])
 def test_one_path_for_every_subset_gives_the_same_logits(name):
-    """As `predict` gives them, which encodes what is available alone; whatever stands in a hidden sequence."""
+    """As `predict` gives them, which encodes what is available alone; whatever stands in a hidden sequence. In double precision: norms of
+    few voxels magnify rounding."""
     method, crop, sequences = made(name)
-    image, _ = example(len(sequences), crop)
+    for network in method.networks.values():
+        network.double()
+    image = example(len(sequences), crop)[0].double()
     graph = WindowNetwork(method, method.scored[0])
-    assert largest_difference(method, method.scored[0], image, possible_subsets(sequences, None), graph) < NEAR
+    assert largest_difference(method, method.scored[0], image, possible_subsets(sequences, None), graph) < 1e-6  # the logits are float32
     hidden = image.clone()
     hidden[:, 1:] = torch.nan
     alone = torch.tensor([[True, False, False, False]])

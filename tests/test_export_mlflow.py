@@ -66,8 +66,9 @@ def url(run, tmp_path_factory):
         wait_until_up(f"http://127.0.0.1:{port}/ping", server, log)
         yield f"http://127.0.0.1:{port}/invocations"
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
 
 
 def wait_until_up(url: str, server: subprocess.Popen, log: Path) -> None:

@@ -9,6 +9,7 @@ from mstkd import __version__
 from mstkd.config import InferenceConfig, IntensityConfig
 from mstkd.errors import UserError
 from mstkd.evaluate.weights import TrainedRun
+from mstkd.methods import resolve
 from mstkd.shards.dataset import DatasetSpec, PreprocessConfig
 from mstkd.shards.spec import LabelScheme, Strict
 
@@ -66,7 +67,7 @@ def facts_of(run: TrainedRun, dataset: DatasetSpec) -> StudentFacts:
         mstkd=__version__,
         network=name,
         companions=method.companions.get(name, ()),
-        method=config.method,
+        method=resolve(config.method),
         dataset=dataset.name,
         files=FileFacts(**{key: getattr(dataset, key) for key in FileFacts.model_fields}),
         sequences=run.facts.sequences,

@@ -5,6 +5,7 @@ It is written without pickling: a folder of safetensors, and this module as what
 
 import base64
 import binascii
+import os
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,8 @@ from mstkd.evaluate.weights import TrainedRun
 from mstkd.export.facts import StudentFacts
 from mstkd.export.weights import write_weights
 from mstkd.loaded import BRAIN, LoadedModel, load
+
+os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # a uv project in the working directory is no part of the model
 
 GZIP = b"\x1f\x8b"
 PACKAGES = ("mstkd", "mlflow", "torch", "monai", "nibabel", "numpy", "scipy", "safetensors", "pandas")

@@ -136,13 +136,13 @@ def _metadata(facts: StudentFacts, logits: Tensor) -> dict:
 
 
 INFERENCE = {
-    "imports": ["$import torch", "$from scripts import case"],
+    "imports": ["$import torch", "$from scripts.case import predict_folder"],
     "bundle_root": ".",
     "dataset_dir": "$@bundle_root + '/input'",
     "output_dir": "$@bundle_root + '/output'",
     "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
     "network_def": {"_target_": "torch.jit.load", "f": "$@bundle_root + '/models/model.ts'", "map_location": "@device"},
-    "run": ["$case.predict_folder(@network_def, @bundle_root, @dataset_dir, @output_dir, @device)"],
+    "run": ["$predict_folder(@network_def, @bundle_root, @dataset_dir, @output_dir, @device)"],
 }
 
 README = """# {network} of {method}

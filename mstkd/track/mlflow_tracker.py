@@ -150,7 +150,8 @@ class Session:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            self.client.create_model_version(register, f"models:/{logged.model_id}", run_id, model_id=logged.model_id)
+            # not models:/<id>, which the client would look up where the environment says, not in `uri`
+            self.client.create_model_version(register, logged.artifact_location, run_id, model_id=logged.model_id)
 
     def exists(self, run_id: str) -> bool:
         try:
