@@ -191,18 +191,22 @@ for command in (compare, report):
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="Folder to create.")],
-    format: Annotated[Literal["safetensors"], typer.Option(help="What to write.")] = "safetensors",
+    format: Annotated[Literal["safetensors", "onnx", "monai-bundle", "mlflow"], typer.Option(help="What to write.")] = "safetensors",
     checkpoint: Annotated[str, typer.Option(help="best, latest, or one that the run keeps, e.g. step-00000120.")] = "best",
+    spec: Annotated[str | None, typer.Option(help="How cases are named and prepared. Default: as in the run's data set.")] = None,
 ) -> None:
     """Write the student for use elsewhere, without anything that identifies a person or a machine. Needs no GPU.
 
-    Example: mstkd export runs/mst_kdnet_phantom --format safetensors --out student
+    safetensors: for Python, mstkd.load("student").predict(...). onnx: two graphs, seen to compute alike in ONNX Runtime.
+    monai-bundle: does without mstkd. mlflow: for mlflow models serve.
+
+    Example: mstkd export runs/mst_kdnet_phantom --format onnx --out student
 
     Example: mstkd export runs/mst_kdnet_phantom --checkpoint step-00000120 --out student
     """
     from mstkd.export import export as write
 
-    write(run, out, format, checkpoint)
+    write(run, out, format, checkpoint, spec)
     typer.echo(f"wrote {out}")
 
 

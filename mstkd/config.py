@@ -261,6 +261,14 @@ class TrackingConfig(Section):
     uri: str | None = None  # default: sqlite in runs_dir
     experiment: str = "mstkd"
     identify: bool = False  # let subject keys, host and user into MLflow
+    log_model: bool = False  # segmentations: `mstkd evaluate` puts the student into MLflow, ready to be served; as large as its weights
+    register: str | None = None  # and makes it the next version of this registered model
+
+    @model_validator(mode="after")
+    def _something_to_register(self) -> "TrackingConfig":
+        if self.register is not None and not self.log_model:
+            raise ValueError("tracking.register needs tracking.log_model=true: what is registered is the logged model")
+        return self
 
 
 class TeacherConfig(Section):

@@ -44,7 +44,7 @@ def predict_folder(
     predictor, used = CompletingPredictor(run, open_run(complete, tasks=("synthesis",))) if complete else run.predictor(), {}
     with whole_folder(output) as partial, evaluation_mode(run.method):
         for case in cases:
-            labels, used[case.subject] = _predict_case(predictor, run.networks[0], case, dataset)
+            labels, used[case.subject] = predict_case(predictor, run.networks[0], case, dataset)
             save_like(labels, case.files[grid_sequence(case, dataset)], partial / f"{case.subject}.nii.gz")
             Console().print(f"{case.subject}: {used[case.subject]}", highlight=False)
         (partial / "predictions.json").write_text(json.dumps(used, indent=1) + "\n")
@@ -53,15 +53,21 @@ def predict_folder(
 
 def cases_of(run: TrainedRun, input: Path, spec: str | None) -> tuple[DatasetSpec, list[Case]]:
     """The cases in a folder, all headers read: a bad last case must not cost the others. Raises UserError as `predict_folder`."""
+    dataset = dataset_of(run, spec, input)
+    cases = dataset.find_cases(input, require_complete=False)
+    for case in cases:
+        check_headers(case, dataset)
+    return dataset, cases
+
+
+def dataset_of(run: TrainedRun, spec: str | None, input: Path | None = None) -> DatasetSpec:
+    """How the run's cases lie on disk and are prepared: as in its own data set, or as `spec` says. Raises UserError where that is not known."""
     if spec is None and run.dataset not in known_specs():
         raise UserError(f"{run.folder}: its data set {run.dataset} has no packaged spec; say how files are named with --spec FILE")
     dataset = load_spec(spec or run.dataset, input)
     if unknown := [name for name in dataset.sequences if name not in run.facts.sequences]:
         raise UserError(f"spec {dataset.name}: the run knows no sequence {unknown[0]}, only {', '.join(run.facts.sequences)}; choose another --spec")
-    cases = dataset.find_cases(input, require_complete=False)
-    for case in cases:
-        check_headers(case, dataset)
-    return dataset, cases
+    return dataset
 
 
 def refuse_existing(output: Path) -> None:
@@ -83,13 +89,17 @@ def whole_folder(output: Path) -> Iterator[Path]:
 
 
 def save_like(data: NDArray, reference: Volume, path: Path, description: str = "") -> None:
-    """Write `data`, which lies on the grid of the volume `reference`, as NIfTI with its geometry, its own type and none of the other's texts."""
+    """Write `data`, which lies on the grid of the volume `reference`, as NIfTI."""
+    nib.save(like(data, reference, description), path)
+
+
+def like(data: NDArray, reference: Volume, description: str = "") -> nib.Nifti1Image:
+    """`data`, which lies on the grid of the volume `reference`, with its geometry, its own type and none of the other's texts."""
     source = nib.load(reference.path)
     if not isinstance(source, nib.Nifti1Pair):  # Analyze, MGH: their headers mean other things
         image = nib.Nifti1Image(data, source.affine)
         image.header["descrip"] = description.encode()
-        nib.save(image, path)
-        return
+        return image
     header = source.header.copy()
     header.extensions.clear()
     for text in {"descrip", "aux_file", "db_name", "intent_name"}.intersection(header.keys()):  # NIfTI-2 has no db_name
@@ -98,10 +108,10 @@ def save_like(data: NDArray, reference: Volume, path: Path, description: str = "
     header["cal_min"] = header["cal_max"] = 0
     header.set_data_dtype(data.dtype)
     kind = nib.Nifti2Image if isinstance(source, nib.Nifti2Image | nib.Nifti2Pair) else nib.Nifti1Image
-    nib.save(kind(data, source.affine, header), path)
+    return kind(data, source.affine, header)
 
 
-def _predict_case(predictor: Predictor, network: str, case: Case, dataset: DatasetSpec) -> tuple[NDArray[np.uint8], str]:
+def predict_case(predictor: Predictor, network: str, case: Case, dataset: DatasetSpec) -> tuple[NDArray[np.uint8], str]:
     """The label map on the file's grid, and the subset it was made from."""
     stored = preprocess(replace(case, label=None), dataset, predictor.sequences)
     shown = predictor.case(Sample(stored.image, stored.brain, None, stored.meta))

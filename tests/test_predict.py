@@ -10,14 +10,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from toys.linear import Linear
-from trained_run import make_run, method_and_source, write_run
+from trained_run import make_run, write_run
 
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
 from mstkd.evaluate.label_files import evaluate_predictions
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.summary import COUNTS
-from mstkd.export import export
 from mstkd.predict import predict_folder, save_like
 from mstkd.shards.build import build
 from mstkd.shards.dataset import SPEC_FOLDER, Volume
@@ -266,21 +265,3 @@ def test_truth_may_be_a_flat_folder_of_label_maps(case, tmp_path):
     summary = evaluate_predictions(tmp_path / "pred", tmp_path / "ref", "phantom", tmp_path / "scores")
     assert summary["subsets"]["given"]["WT"]["dice"] == 1.0 and summary["split"] == "given"
     assert json.loads((tmp_path / "scores" / "summary.json").read_text()) == summary
-
-
-def test_export_carries_what_is_needed_and_nothing_that_identifies(run, tmp_path):
-    folder = export(run, tmp_path / "student")
-    facts = json.loads((folder / "mstkd.json").read_text())
-    assert facts["sequences"] == ["flair", "t1", "t1ce", "t2"] and facts["method"]["name"] == "toys.linear"
-    assert facts["label_scheme"]["paint"] == {"WT": 2, "TC": 1, "ET": 4} and facts["intensity"]["kind"] == "zscore"
-    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {(folder / "mstkd.json").stat().st_mode & 0o777}
-    text = (folder / "mstkd.json").read_text()
-    assert str(run.parents[1]) not in text and "Phantom_" not in text and "/" not in text
-    method, _ = method_and_source(run.parents[1] / "shards")
-    torch.nn.init.zeros_(method.networks["student"][0].weight)
-    method.networks["student"].load_state_dict(load_file(folder / "student.safetensors"))
-    assert method.networks["student"][0].weight.sum().item() == pytest.approx(3.0)
-    with pytest.raises(UserError, match="exists already; choose another --out"):
-        export(run, folder)
-    with pytest.raises(UserError, match="choose safetensors"):
-        export(run, tmp_path / "onnx", "onnx")

@@ -35,6 +35,7 @@ from mstkd.evaluate.synthesis import (
     COPY, Completion, decibels, four_digits, print_likeness, score_completions, summarise_completions, write_completions,
 )  # fmt: skip
 from mstkd.evaluate.weights import TrainedRun, open_run
+from mstkd.export.tracked import check_model, log_model
 from mstkd.run_folder import best_steps, evaluation_folder, recorded
 from mstkd.subsets import Subset, possible_subsets, proper, subset_name
 from mstkd.track import open_evaluation
@@ -77,6 +78,7 @@ def evaluate_run(
     source = CaseSource([ShardStore(data)]) if data else run.source
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
+    check_model(run)
     notes = _overlap_note(run, source, split, allow_overlap) | (_overlap_note(front, source, split, allow_overlap) if front else {})
     subsets = _subsets(run, front)
     notes |= _untrained_note(run, subsets) if subsets and not front else {}
@@ -273,6 +275,8 @@ def _track(run: TrainedRun, folder: Path, summaries: dict[str, dict]) -> None:
         for path in sorted(folder.iterdir()):
             if path.is_file():
                 tracker.log_artifact(path, "evaluation")
+        if folder.name == "evaluation":  # of the run itself, once
+            log_model(run, tracker)
 
 
 def _figures(summary: dict[str, Any]) -> Iterator[tuple[str, float | None]]:

@@ -33,6 +33,7 @@ from mstkd.losses.style import reference_style_matching, style_matching
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.models.mst_kdnet import Features, MSTKDNetwork, ResidualBlock, Up, stride
 from mstkd.models.style_critic import StyleCritic
+from mstkd.models.symmetric import symmetric
 from mstkd.models.transformer_unet import Decoder, Layer
 from mstkd.targets import TumourChannels
 
@@ -219,6 +220,8 @@ class MSTKDNet(Method):
     def _hidden(self, image: Tensor) -> Tensor:
         """What hidden sequences hold; noise is the same in every call, so that a prediction can be repeated."""
         if self.config.missing_fill == "noise":
+            if symmetric():
+                raise UserError("method.missing_fill noise: a graph holds no noise; export this run with --format safetensors")
             generator = torch.Generator().manual_seed(0)
             return torch.randn(image.shape, generator=generator).to(image)
         return torch.full_like(image, self.config.intensity.hidden_value)

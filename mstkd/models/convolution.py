@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mstkd.models.symmetric import symmetric
 
 IM2COL_SIZE = 20480  # B x C x X x Y, up to which at::native takes it for too small (ConvParams::use_mkldnn)
 PART = 4096  # voxels that are summed in float32
@@ -23,7 +24,7 @@ class Conv3d(nn.Conv3d):
 
     def forward(self, x: Tensor, norm: nn.GroupNorm | None = None) -> Tensor:
         """The convolution of `x` (B, C, X, Y, Z), or of relu(norm(x))."""
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or symmetric():  # a graph runs anywhere
             return super().forward(x if norm is None else F.relu(norm(x)))
         if norm is not None:
             return _OnCpu.apply(x, self.weight, self.bias, self.stride, norm.weight, norm.bias, norm.num_groups, norm.eps)
@@ -35,12 +36,12 @@ class Conv3d(nn.Conv3d):
 
 def in_block_layout(x: Tensor) -> Tensor:
     """`x` (B, C, X, Y, Z) in the memory layout in which its 3^3 convolutions run."""
-    return _Laid.apply(x, _layout(x.shape[1]) if x.device.type == "cpu" else torch.contiguous_format)
+    return x if symmetric() else _Laid.apply(x, _layout(x.shape[1]) if x.device.type == "cpu" else torch.contiguous_format)
 
 
 def in_plain_layout(x: Tensor) -> Tensor:
     """`x` (B, C, X, Y, Z) contiguous: 1^3 convolutions are slow in channels-last."""
-    return _Laid.apply(x, torch.contiguous_format)
+    return x if symmetric() else _Laid.apply(x, torch.contiguous_format)
 
 
 def _layout(channels: int) -> torch.memory_format:
@@ -64,7 +65,7 @@ class _Laid(torch.autograd.Function):
 @contextmanager
 def cpu_arithmetic(x: Tensor) -> Iterator[Tensor]:
     """`x`, on a CPU in float32 and without autocast where bf16 would be slower or wrong."""
-    if x.device.type != "cpu" or _computed_in(_stored_in(x), x) == _stored_in(x):
+    if x.device.type != "cpu" or symmetric() or _computed_in(_stored_in(x), x) == _stored_in(x):
         yield x
     else:
         with torch.autocast("cpu", enabled=False):

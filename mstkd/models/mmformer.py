@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mstkd.models.convolution import Conv3d
+from mstkd.models.symmetric import symmetric
 from mstkd.models.transformer_unet import Layer, on_grid
 
 LEVELS = 5
@@ -65,7 +66,7 @@ class MMFormer(nn.Module):
         """Output for `image` (B, M, X, Y, Z) of which the fused decoder sees what is `available` (B, M) bool.
 
         In training each sequence that is `present` (B, M) bool is also decoded alone, and every encoder runs, whatever
-        there is: ranks stay in step. In evaluation only the available ones are encoded.
+        there is: ranks stay in step. In evaluation only the available ones are encoded, but in a graph (`symmetric`).
         """
         shown = available if present is None else present
         image = torch.where(shown[:, :, None, None, None], image, torch.zeros_like(image))
@@ -82,7 +83,7 @@ class MMFormer(nn.Module):
         """In the data's order."""
         found: dict[str, Encoded | None] = {}
         for index, name in enumerate(self.sequences):
-            needed = self.training or bool(shown[:, index].any())
+            needed = self.training or symmetric() or bool(shown[:, index].any())
             found[name] = self.encoders[name](image[:, index : index + 1]) if needed else None
         like = next(one for one in found.values() if one is not None)
         nothing = Encoded(tuple(torch.zeros_like(m) for m in like.maps), torch.zeros_like(like.tokens))

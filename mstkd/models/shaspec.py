@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mstkd.models.convolution import cpu_arithmetic
+from mstkd.models.symmetric import symmetric
 
 STRIDE = (32, 32, 16)  # image voxels per voxel of a feature: what X, Y, Z must be divisible by
 SMALLEST = (64, 32, 16)  # an input of two feature voxels: an instance of one voxel has no variance
@@ -64,6 +65,8 @@ class ShaSpecNetwork(nn.Module):
 
     def forward(self, image: Tensor, available: Tensor) -> ShaSpecOutput:
         """Of `image` (B, M, X, Y, Z) with axes divisible by STRIDE, and `available` (B, M) bool, another subset in each sample if need be."""
+        if symmetric():
+            return self._whole(image, available)
         given = available.tolist()
         everything = self.encode_missing and self.training
         zeros = everything or self.skip_fill == "reference"
@@ -80,6 +83,18 @@ class ShaSpecNetwork(nn.Module):
         logits = self.decoder(fused.flatten(1, 2), skips)
         told = [row for row, (s, m) in enumerate(pairs) if given[s][m] or everything]  # what was encoded for its skips alone tells nothing
         return ShaSpecOutput(logits, shared.feature[told], specific[told], self.domain(pooled[told]), fused, [pairs[row] for row in told])
+
+    def _whole(self, image: Tensor, available: Tensor) -> ShaSpecOutput:
+        """The same logits in evaluation, with every sequence encoded, hidden ones as zeros; the N are all pairs of sample and sequence."""
+        volumes = torch.where(available[:, :, None, None, None], image, torch.zeros_like(image)).flatten(0, 1)[:, None]
+        shared = self.shared(volumes)
+        own = [encoder(volumes.unflatten(0, available.shape)[:, m]) for m, encoder in enumerate(self.specific)]
+        specific, pooled = (torch.stack([getattr(one, name) for one in own], 1).flatten(0, 1) for name in ("feature", "pooled"))
+        residual = shared.feature + self.project(torch.cat([shared.feature, specific], 1))
+        fused = filled_by_mask(residual, available, shared.feature, self.generated)
+        kept = torch.ones_like(available) if self.skip_fill == "reference" else available
+        logits = self.decoder(fused.flatten(1, 2), [filled_by_mask(skip, kept, skip).flatten(1, 2) for skip in shared.skips])
+        return ShaSpecOutput(logits, shared.feature, specific, self.domain(pooled), fused, [])
 
     def _encode_specific(self, volumes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """(N, C, x, y, z) and pooled (N, C): every volume through its own sequence's encoder."""
@@ -246,6 +261,15 @@ def filled(values: Tensor, rows: Rows, sources: Tensor, rule: Literal["mean", "f
             stand_in = own[0] if rule == "first" else torch.stack(own).mean(0)
         result += [stand_in if number is None else parts[number] for number in row]
     return torch.stack(result).unflatten(0, (len(rows), -1))
+
+
+def filled_by_mask(values: Tensor, available: Tensor, sources: Tensor, rule: Literal["mean", "first"] = "mean") -> Tensor:
+    """As `filled`, where every pair has a row: (B, M, ...) of values and sources (B M, ...), and available (B, M) bool."""
+    values, sources = (stack.unflatten(0, available.shape) for stack in (values, sources))
+    given = available.reshape(*available.shape, *[1] * (values.ndim - 2))
+    counted = given if rule == "mean" else given & (given.cumsum(1) == 1)
+    stand_in = torch.where(counted, sources, torch.zeros_like(sources)).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
+    return torch.where(given, values, stand_in)
 
 
 def _initialise(network: nn.Module) -> None:

@@ -21,8 +21,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's own 7 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient  # noqa: E402  (reads the environment above)
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.models import Model  # noqa: E402
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # noqa: E402
 from mlflow.telemetry import set_telemetry_client  # noqa: E402
 
@@ -134,6 +135,24 @@ class Session:
             source |= {"mlflow.user": getpass.getuser(), "host": socket.gethostname()}
         return self.client.create_run(self.experiment_id, run_name=name, tags=source | tags).info.run_id
 
+    def log_model(self, run_id: str, folder: Path, name: str, register: str | None) -> None:
+        """The model in `folder`, which is told its ids, as one that the run `run_id` made."""
+        logged = self.client.create_logged_model(self.experiment_id, name=name, source_run_id=run_id)
+        model = Model.load(str(folder))
+        model.run_id, model.model_id, model.model_uuid, model.artifact_path = run_id, logged.model_id, logged.model_id, name
+        model.save(str(folder / "MLmodel"))
+        self.client.log_model_artifacts(logged.model_id, str(folder))
+        self.client.finalize_logged_model(logged.model_id, "READY")
+        self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        if register is not None:
+            try:
+                self.client.create_registered_model(register)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            # not models:/<id>, which the client would look up where the environment says, not in `uri`
+            self.client.create_model_version(register, logged.artifact_location, run_id, model_id=logged.model_id)
+
     def exists(self, run_id: str) -> bool:
         try:
             self.client.get_run(run_id)
@@ -179,6 +198,9 @@ class MlflowTracker(Tracker):
         """Keep a copy of the file `path`, unless it tells subjects or paths and `tracking.identify` is off."""
         if self._session.identify or Path(path).name not in IDENTIFYING_FILES:
             self._writer.later(self._session.client.log_artifact, self.run_id, str(path), folder)
+
+    def log_model(self, folder: Path, name: str, register: str | None) -> None:
+        self._writer.now(self._session.log_model, self.run_id, folder, name, register)
 
     def child(self, name: str, tags: dict[str, object] | None = None, *, start_step: int | None = None) -> Tracker:
         found = self._writer.now(self._session.child, self.run_id, name)

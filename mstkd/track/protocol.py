@@ -29,6 +29,9 @@ class Tracker:
     def log_artifact(self, path: Path, folder: str) -> None:
         """Keep a copy of the file `path` under `folder`."""
 
+    def log_model(self, folder: Path, name: str, register: str | None) -> None:
+        """Keep a copy of the MLflow model in `folder` as `name`, and as the next version of the registered model `register`, if given."""
+
     def child(self, name: str, tags: dict[str, object] | None = None, *, start_step: int | None = None) -> "Tracker":
         """The part called `name` (a stage, the evaluation), continued if it exists.
 
@@ -75,6 +78,10 @@ class CompositeTracker(Tracker):
     def log_artifact(self, path: Path, folder: str) -> None:
         for tracker in self.trackers:
             tracker.log_artifact(path, folder)
+
+    def log_model(self, folder: Path, name: str, register: str | None) -> None:
+        for tracker in self.trackers:
+            tracker.log_model(folder, name, register)
 
     def child(self, name: str, tags: dict[str, object] | None = None, *, start_step: int | None = None) -> Tracker:
         return CompositeTracker([tracker.child(name, tags, start_step=start_step) for tracker in self.trackers])

@@ -1,0 +1,31 @@
+"""The student in MLflow, where the recipe's `tracking.log_model` asks for it."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mstkd.errors import UserError
+from mstkd.evaluate.weights import TrainedRun
+from mstkd.export.facts import facts_of
+from mstkd.predict import dataset_of
+from mstkd.track import Tracker
+
+
+def check_model(run: TrainedRun) -> None:
+    """Raise UserError where the model that is asked for cannot be made."""
+    if not run.config.tracking.log_model:
+        return
+    if run.method.task != "segmentation":
+        raise UserError(f"tracking.log_model: a served model draws label maps, and {run.config.method['name']} is for {run.method.task}; set it to false")
+    dataset_of(run, None)
+
+
+def log_model(run: TrainedRun, tracker: Tracker) -> None:
+    """If it is asked for; registered under `tracking.register`, if that is given."""
+    if not run.config.tracking.log_model:
+        return
+    from mstkd.export.mlflow_model import write_model  # MLflow takes seconds to import
+
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        write_model(run, facts_of(run, dataset_of(run, None)), folder)
+        tracker.log_model(folder, run.networks[0], run.config.tracking.register)
