@@ -69,7 +69,7 @@ class Overlap:
     @classmethod
     def of(cls, prediction: Mask, truth: Mask, image_voxels: int) -> "Overlap":
         """Of masks of one shape, outside which the image holds neither."""
-        return cls(np.count_nonzero(truth), np.count_nonzero(prediction), np.count_nonzero(prediction & truth), image_voxels)
+        return cls(*(int(np.count_nonzero(mask)) for mask in (truth, prediction, prediction & truth)), image_voxels)
 
     @property
     def dice(self) -> float:
