@@ -80,6 +80,29 @@ def cost(
     _show(bench_cost(recipe, overrides or [], given, iterations, _say), json)
 
 
+@bench.command()
+def evaluate(
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.")] = None,
+    run: Annotated[Path | None, typer.Option(metavar="RUN", help="A trained segmentation, on its test split, instead of generated cases.")] = None,
+    cases: Annotated[int, typer.Option(min=1, help="How many cases.")] = 2,
+    size: Annotated[int, typer.Option(min=32, max=256, help="Voxels per axis of generated cases.")] = 96,
+    full: Annotated[bool, typer.Option("--full", help="Generated cases of 176 voxels per axis, of 1 mm.")] = False,
+) -> None:
+    """Scoring every subset of sequences, beside the straightforward loop: one pass per subset, MONAI's metrics on whole volumes.
+
+    Both apply the same network in the same windows, and their figures must be equal. Without --run an untrained small MST-KDNet is run, and
+    tumours come from a linear read-out. Minutes on two CPU cores, hours with --full.
+
+    Example: mstkd bench evaluate --json evaluate.json
+
+    Example: mstkd bench evaluate --run runs/mst_kdnet_phantom --cases 4
+    """
+    _check_file(json)
+    from mstkd.bench.evaluation import FULL_SIZE, Settings, bench_evaluate
+
+    _show(bench_evaluate(Settings(cases=cases, size=FULL_SIZE if full else size, run=run), _say), json)
+
+
 def _check_file(json: Path | None) -> None:
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
         raise UserError(f"--json {json}: not a file in a folder that exists; create the folder, or give another name")

@@ -254,7 +254,8 @@ class EvaluateConfig(Section):
     hd95: Literal["directed_max", "pooled"] = "directed_max"
     empty: Literal["penalty", "reference"] = "penalty"  # one-empty HD95: the image diagonal, or 0 as in the reference code
     assd: bool = False  # the average symmetric surface distance, too
-    lesion_wise: bool = False
+    lesion_wise: bool | None = None  # Dice and HD95 by lesion; default: where there are tumours (WT, TC, ET)
+    calibration: bool = False  # ECE of each region's probability, too
 
 
 class TrackingConfig(Section):

@@ -48,6 +48,14 @@ class TumourChannels:
             label[mask] = self.scheme.paint[region]
         return label
 
+    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
+        """Of WT, TC and ET (B, X, Y, Z), above 0.5 where `decode` paints them: of disjoint channels a union has the largest of its parts'."""
+        first, second, third = logits[:, :3].sigmoid().unbind(1)
+        if self.targets == "region":
+            return {"WT": first, "TC": second, "ET": third}
+        core = torch.maximum(first, third)
+        return {"WT": torch.maximum(core, second), "TC": core, "ET": third}
+
 
 class ExclusiveClasses:
     """Label maps to class indices and back, where every voxel has one class: the scheme's values in rising order, background first."""
@@ -63,6 +71,11 @@ class ExclusiveClasses:
     def decode(self, logits: Tensor) -> Tensor:
         """Label maps (B, ...) uint8 of logits (B, K, ...): the most likely class."""
         return torch.tensor(self.values, dtype=torch.uint8, device=logits.device)[logits.argmax(1)]
+
+    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
+        """Of every region (B, ...): the sum over its classes."""
+        classes = logits.softmax(1)
+        return {region: classes[:, [self.values.index(value) for value in values]].sum(1) for region, values in self.scheme.regions.items()}
 
 
 class SidelessClasses(ExclusiveClasses):
@@ -90,6 +103,9 @@ class SidelessClasses(ExclusiveClasses):
 
     def decode(self, logits: Tensor) -> Tensor:
         return super().decode(self.spread(logits))
+
+    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
+        return super().probabilities(self.spread(logits))  # a pair shares what its class has
 
 
 def _is_any(label: Tensor, values: set[int]) -> Tensor:

@@ -11,9 +11,9 @@ from scipy.spatial.distance import cdist
 from mstkd.config import EvaluateConfig
 from mstkd.errors import UserError
 from mstkd.evaluate.cases import diagonal_mm, references, score_labels
-from mstkd.evaluate.lesions import lesion_wise
-from mstkd.evaluate.metrics import Reference, dice, region_masks, surface_voxels
-from mstkd.evaluate.scoring import conventions, score
+from mstkd.evaluate.lesions import Lesions
+from mstkd.evaluate.metrics import dice, region_masks, surface_voxels
+from mstkd.evaluate.scoring import Region, conventions, score
 from mstkd.shards.spec import LABEL_SCHEMES, SequenceStats, SubjectMeta
 from mstkd.subsets import all_subsets, parse_subset, subset_name
 
@@ -34,7 +34,7 @@ def blobs(seed: int, shape=(17, 14, 11)) -> np.ndarray:
 
 
 def reference(mask, spacing=(1.0, 1.0, 1.0)):
-    return Reference(mask, spacing, 100.0)
+    return Region(mask, spacing, 100.0)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -134,8 +134,9 @@ def test_scoring_in_the_brain_box_equals_scoring_on_the_original_grid(seed, marg
     values = np.array(SCHEME.values, np.uint8)
     truth, prediction = (np.where(blobs(seed + k), rng.choice(values, (17, 14, 11)), 0).astype(np.uint8) for k in (0, 7))
     options = EvaluateConfig(lesion_wise=True, hd95="pooled" if pooled else "directed_max")
-    inside = score_labels(references(truth, SCHEME, ANISOTROPIC, 50.0), prediction, SCHEME, options)
-    whole = score_labels(references(np.pad(truth, margins), SCHEME, ANISOTROPIC, 50.0), np.pad(prediction, margins), SCHEME, options)
+    padded = np.pad(truth, margins)
+    inside = score_labels(references(truth, SCHEME, ANISOTROPIC, 50.0, padded.size), prediction, SCHEME, options)
+    whole = score_labels(references(padded, SCHEME, ANISOTROPIC, 50.0), np.pad(prediction, margins), SCHEME, options)
     for region in SCHEME.regions:
         assert vars(inside[region]) == pytest.approx(vars(whole[region]))
 
@@ -145,6 +146,10 @@ def lesion(*boxes, shape=(40, 40, 40)):
     for corner, size in boxes:
         mask[tuple(slice(c, c + size) for c in corner)] = True
     return mask
+
+
+def lesion_wise(prediction, truth, spacing_mm):
+    return Lesions(truth, spacing_mm).score(prediction, Region(truth, spacing_mm, 100.0).distances(prediction))
 
 
 def test_lesion_wise_counts_each_lesion_once():

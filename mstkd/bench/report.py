@@ -118,9 +118,9 @@ def machine(folder: Path | None = None) -> dict:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that every contender shares."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+def versions(*more: str) -> dict[str, str]:
+    """Of Python and of the packages that every contender shares; and of some `more`."""
+    return {"python": platform.python_version(), **{name: version(name) for name in (*PACKAGES, *more)}}
 
 
 def _cpu_model() -> str:

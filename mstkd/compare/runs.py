@@ -12,6 +12,7 @@ import numpy as np
 from mstkd.compare.tasks import TASKS, CaseScore, Task
 from mstkd.config import RunConfig, read_recipe
 from mstkd.errors import UserError
+from mstkd.evaluate.scoring import ADDED
 from mstkd.run_folder import best_steps, read_record, read_run_config
 
 NOTES = ("overlap", "never trained", "postprocess", "oracle", "completed")  # entries of summary["conventions"] that speak of the run, not of how figures are made
@@ -144,11 +145,10 @@ def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
 
 
 def _check_conventions(first: EvaluatedRun, run: EvaluatedRun) -> None:
-    added = [(run.config.evaluate.assd, run.config.evaluate.lesion_wise) for run in (first, run)]
-    if added[0] != added[1]:
-        return _check_texts(first, run, {*first.conventions} & {*run.conventions})  # only adds figures that are not compared
+    ours, theirs = {*first.conventions}, {*run.conventions}
+    beside = (ours ^ theirs) & {*ADDED}  # speak of figures that are not compared
     unshared = {*first.measured} ^ {*run.measured}  # not compared either
-    return _check_texts(first, run, ({*first.conventions} | {*run.conventions}) - unshared)
+    _check_texts(first, run, (ours | theirs) - beside - unshared)
 
 
 def _check_texts(first: EvaluatedRun, run: EvaluatedRun, keys: set[str]) -> None:

@@ -87,19 +87,24 @@ def agreed(ranks: Ranks):
 
 
 def raise_together(problem: Exception | None, ranks: Ranks) -> None:
-    """Raise if any rank has a problem: the first such rank its own, the others FailedElsewhereError. Collective."""
+    """Raise if any rank has a problem: the first such rank its own, the others FailedElsewhereError. Collective.
+
+    One that failed elsewhere is a problem of the rank that says why, also when it is agreed on a second time further out.
+    """
     if ranks.world == 1:
         if problem is not None:
             raise problem
         return
-    code = getattr(problem, "exit_code", 1)
-    vote = torch.tensor(ranks.world * 256 if problem is None else ranks.rank * 256 + code)
+    code, own = getattr(problem, "exit_code", 1), problem is not None and not isinstance(problem, FailedElsewhereError)
+    vote = torch.tensor(ranks.rank * 256 + code if own else ranks.world * 256)
     dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=_hosts)
     rank, code = divmod(int(vote), 256)
     if rank == ranks.rank:
         raise problem
     if rank < ranks.world:
         raise FailedElsewhereError(rank, code)
+    if problem is not None:
+        raise problem
 
 
 def barrier(ranks: Ranks) -> None:

@@ -27,6 +27,10 @@ class CompletingPredictor(Predictor):
         self.front, self.completer = front, front.completer()
 
     @property
+    def clocks(self) -> list[dict[str, list[float]]]:
+        return [self.seconds, *self.completer.clocks]
+
+    @property
     def takes(self) -> tuple[str, ...]:
         return front_takes(self.front)
 

@@ -52,9 +52,14 @@ class Completer:
         self.method, self.sequences, self.config, self.inference, self.device = method, tuple(sequences), slices, inference, device
         self.intensity = Intensity(method.intensity)
         self.seconds: dict[str, list[float]] = {}  # by network, of each case completed from one subset
-        self.slices_done: dict[str, int] = {}
+        self.slices_done: dict[str, list[int]] = {}  # and how many slices those were
         if method.intensity.kind == "zscore":
             raise UserError("method.intensity: z-scores have no smallest and largest value, and completed images are measured between them; use minmax or percentile")
+
+    @property
+    def clocks(self) -> list[dict[str, list[float]]]:
+        """What completions have taken so far, by network, and of how many slices."""
+        return [self.seconds, self.slices_done]
 
     def slices(self, sample: Sample, min_brain: float | None = None) -> Slices:
         """Those slices of a stored case whose share of brain is at least `min_brain`, by default `data.slices.min_brain`.
@@ -88,7 +93,7 @@ class Completer:
         parts = [case.part(first, first + self.inference.batch) for first in range(0, count, self.inference.batch)]
         completed = torch.cat([self.unit(self._predict(network, part, subset)).cpu() for part in parts])
         self.seconds.setdefault(network, []).append(time.perf_counter() - began)
-        self.slices_done[network] = self.slices_done.get(network, 0) + count
+        self.slices_done.setdefault(network, []).append(count)
         return completed
 
     def fused(self, network: str, part: Slices, subset: Subset) -> Tensor:

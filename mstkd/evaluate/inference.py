@@ -120,6 +120,11 @@ class Predictor:
         )
 
     @property
+    def clocks(self) -> list[dict[str, list[float]]]:
+        """What predictions have taken so far, by network."""
+        return [self.seconds]
+
+    @property
     def takes(self) -> tuple[str, ...] | None:
         """The subsets that may be given, by name; None: all."""
         return self.method.subsets
@@ -130,16 +135,27 @@ class Predictor:
 
     def labels(self, network: str, volume: Volume, subset: Subset) -> NDArray[np.uint8]:
         """Label map (X, Y, Z) on the stored grid that `network` gives when only `subset` is visible; call it in `evaluation_mode`."""
-        return self._decide(self.scores(network, volume, subset), subset, volume.meta, volume.meta.spacing_mm)
+        return self.decide(self.scores(network, volume, subset), volume, subset)
 
     def file_labels(self, network: str, volume: Volume, subset: Subset) -> NDArray[np.uint8]:
         """As `labels`, on the grid and in the orientation of the case's file; for resampled cases decided there, from interpolated logits."""
+        scores = self.scores(network, volume, subset)
+        if volume.meta.grid_shape is None:
+            return restore(self.decide(scores, volume, subset), volume.meta)
+        return self.decide(scores, volume, subset, on_file=True)
+
+    def decide(self, scores: Tensor, volume: Volume, subset: Subset, on_file: bool = False) -> NDArray[np.uint8]:
+        """Label map (X, Y, Z) of `scores` on the stored grid, or of a resampled case on the grid and in the orientation of its file."""
         meta = volume.meta
-        if meta.grid_shape is None:
-            return restore(self.labels(network, volume, subset), meta)
+        if not on_file:
+            return self._decide(scores, subset, meta, meta.spacing_mm)
         spacing_mm = ras_spacing_mm(np.asarray(meta.original_affine))
-        scores = self.scores(network, volume, subset).cpu().numpy()
-        return restore_scores(scores, meta, lambda finer: self._decide(torch.from_numpy(finer), subset, meta, spacing_mm))
+        return restore_scores(scores.cpu().numpy(), meta, lambda finer: self._decide(torch.from_numpy(finer), subset, meta, spacing_mm))
+
+    def probabilities(self, scores: Tensor, subset: Subset) -> dict[str, NDArray[np.float32]]:
+        """By region (X, Y, Z) on the stored grid, of those that the method tells; nothing is cleared up."""
+        logits, _ = self._parted(scores, subset)
+        return {region: found[0].cpu().numpy() for region, found in self.method.probabilities(logits[None]).items()}
 
     def scores(self, network: str, volume: Volume, subset: Subset) -> Tensor:
         """What labels are decided on: logits (K, X, Y, Z) and, where the post-processing looks at it, T1ce behind them."""
@@ -157,12 +173,16 @@ class Predictor:
 
     def _decide(self, scores: Tensor, subset: Subset, meta: SubjectMeta, spacing_mm: Sequence[float]) -> NDArray[np.uint8]:
         """Label map (X, Y, Z) of `scores` over the case's box, which may have been resampled to `spacing_mm`."""
-        logits, t1ce = (scores[:-1], scores[-1].cpu().numpy()) if self._clusters(subset) else (scores, None)
+        logits, t1ce = self._parted(scores, subset)
         labels = self.method.to_labels(logits[None])[0].to("cpu", torch.uint8).numpy()
         if self.inference.postprocess == "none":
             return labels
         bottom_mm = meta.crop_box[2][0] * meta.spacing_mm[2]
         return postprocess(labels, self.scheme, spacing_mm, bottom_mm, t1ce)
+
+    def _parted(self, scores: Tensor, subset: Subset) -> tuple[Tensor, NDArray | None]:
+        """Logits, and T1ce where it is there."""
+        return (scores[:-1], scores[-1].cpu().numpy()) if self._clusters(subset) else (scores, None)
 
     def _clusters(self, subset: Subset) -> bool:
         return "cluster" in self.inference.postprocess and subset[self.sequences.index("t1ce")]

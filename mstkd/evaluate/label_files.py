@@ -13,7 +13,7 @@ from mstkd.config import EvaluateConfig
 from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row, references, score_labels
 from mstkd.evaluate.metrics import bounding_box
-from mstkd.evaluate.scoring import conventions
+from mstkd.evaluate.scoring import conventions, decided
 from mstkd.evaluate.summary import print_table, summarise, write_json, write_rows
 from mstkd.shards.dataset import DatasetSpec, Volume, load_spec
 from mstkd.shards.labels import read_labels
@@ -34,6 +34,7 @@ def evaluate_predictions(
     options, spec = options or EvaluateConfig(), load_spec(spec_name, Path(ref_dir))
     if spec.scheme is None:
         raise UserError(f"spec {spec_name}: declares no label scheme; there is nothing to score")
+    options = decided(options, spec.scheme)
     predictions = _label_maps(Path(pred_dir))
     if not predictions:
         raise UserError(f"{pred_dir}: no predictions; expected <subject>.nii.gz")
@@ -77,7 +78,7 @@ def _score_files(prediction: Path, truth: Path | Volume, spec: DatasetSpec, opti
     diagonal_mm = float(np.linalg.norm(np.multiply(true.shape, spacing_mm)))
     either = (predicted > 0) | (true > 0)
     box = bounding_box(either) if either.any() else (slice(1),) * 3  # outside it both are background
-    return score_labels(references(true[box], scheme, spacing_mm, diagonal_mm), predicted[box], scheme, options)
+    return score_labels(references(true[box], scheme, spacing_mm, diagonal_mm, true.size), predicted[box], scheme, options)
 
 
 def _read_labels(path: Path, scheme: LabelScheme) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:

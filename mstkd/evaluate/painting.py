@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from mstkd.evaluate.inference import Predictor, evaluation_mode
+from mstkd.evaluate.kept import KeptScores
 from mstkd.evaluate.sharing import score_each
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.synthesis import IDENTICAL_DB, Completion, Likeness, psnr, ssim
@@ -19,13 +20,14 @@ CONVENTIONS = {
 def score_paintings(
     predictor: Predictor, networks: Sequence[str], source: CaseSource, subjects: Sequence[str], rank: int = 0, world: int = 1,
     stopping: Callable[[], bool] | None = None,
+    kept: KeptScores[Completion] | None = None,
 ) -> list[Completion]:  # fmt: skip
     """Scores of every subject x painter that has what it is given and what it paints, the same on every rank and for any number of ranks.
 
-    Collective with several ranks. `stopping` as in `shared_out`.
+    Collective with several ranks. `stopping` as in `shared_out`, `kept` as in `score_each`.
     """
     with evaluation_mode(predictor.method):
-        return score_each(subjects, lambda key: _score_case(predictor, networks, source, key), rank, world, stopping)
+        return score_each(subjects, lambda key: _score_case(predictor, networks, source, key), rank, world, stopping, kept)
 
 
 def _score_case(predictor: Predictor, networks: Sequence[str], source: CaseSource, key: str) -> list[Completion]:

@@ -1,35 +1,36 @@
 """`mstkd evaluate RUN`: a run on a split of shard sets."""
 
-import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from rich.console import Console
 
 from mstkd.console import log_to_console
-from mstkd.data.availability import Availability
 from mstkd.data.store import ShardStore
 from mstkd.engine import backend
-from mstkd.engine.distributed import agreed
-from mstkd.engine.environment import resolve_environment
+from mstkd.engine.distributed import agreed, on_main
+from mstkd.engine.environment import Ranks, resolve_environment
 from mstkd.engine.figures import peak_memory_gib
 from mstkd.errors import UserError
 from mstkd.evaluate import features, fused, painting, synthesis
-from mstkd.evaluate.cases import score_subjects, whole_brain_baseline
+from mstkd.evaluate.cases import Row, score_subjects, whole_brain_baseline
 from mstkd.evaluate.classification import CONVENTIONS, decide, print_accuracies, summarise_decisions, write_decisions
 from mstkd.evaluate.completed_inputs import CompletingPredictor, front_takes, open_front
 from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.completion_figures import completion_pictures, draw_completions
 from mstkd.evaluate.inference import Predictor
-from mstkd.evaluate.overlap import refuse, training_overlap
+from mstkd.evaluate.kept import KeptScores
+from mstkd.evaluate.notes import overlap_note, untrained_note
 from mstkd.evaluate.painting import score_paintings
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_class_figures, draw_figures, write_report
-from mstkd.evaluate.scoring import conventions
-from mstkd.evaluate.source import CaseSource, split_subjects
+from mstkd.evaluate.scoring import conventions, decided
+from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
 from mstkd.evaluate.synthesis import (
     COPY, Completion, decibels, four_digits, print_likeness, score_completions, summarise_completions, write_completions,
@@ -40,7 +41,7 @@ from mstkd.run_folder import best_steps, evaluation_folder, recorded
 from mstkd.subsets import Subset, possible_subsets, proper, subset_name
 from mstkd.track import open_evaluation
 
-log = logging.getLogger(__name__)
+SCORED = "scored"  # folder of what was scored until all is
 
 ORACLE = {"oracle": "this network was given the labels of these cases, which a user does not have: an upper bound, not ranked"}
 
@@ -79,9 +80,9 @@ def evaluate_run(
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
     check_model(run)
-    notes = _overlap_note(run, source, split, allow_overlap) | (_overlap_note(front, source, split, allow_overlap) if front else {})
+    notes = overlap_note(run, source, split, allow_overlap) | (overlap_note(front, source, split, allow_overlap) if front else {})
     subsets = _subsets(run, front)
-    notes |= _untrained_note(run, subsets) if subsets and not front else {}
+    notes |= untrained_note(run, subsets) if subsets and not front else {}
     named = [*([postprocess] if postprocess else []), *([complete.name] if complete else []), *overrides]
     job = Evaluation(run, front, source, split, subjects, subsets, _networks(run), notes, _folder(run, source, split, named), rank, world)
     summaries = (_evaluate_paintings if job.networks[0] in run.method.painters else TASKS[run.method.task])(job)
@@ -135,6 +136,18 @@ class Evaluation:
         """Method, split and fold, as summaries name them."""
         return self.run.config.method["name"], self.split, self.run.config.data.fold
 
+    def kept(self, kind: type, *clocks: dict[str, list]) -> KeptScores:
+        """The scores that an interrupted evaluation of the same weights, cases and conventions left behind, to go on from. Collective."""
+        kept = KeptScores(self.folder / SCORED, kind, clocks)
+        on_main(lambda: kept.begin(self._identity()), Ranks(self.rank, self.world, self.rank, torch.device("cpu")))
+        return kept
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "run": self.run.identity(), "front": self.front and self.front.identity(), "networks": self.networks, "subsets": self.subsets,
+            "evaluate": self.run.config.evaluate.model_dump(), "data": self.source.digest,
+        }  # fmt: skip
+
     def begin(self) -> None:
         """Make the folder and note whose weights are scored; summary.json is written last: where it lies, all of the evaluation does."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -150,6 +163,7 @@ class Evaluation:
         name, report = self.run.config.name, self.folder / "report.html"
         write_report(report, f"Evaluation of {name}", facts, summaries, drawn, template)
         _write_summaries(self.folder, summaries)
+        shutil.rmtree(self.folder / SCORED, ignore_errors=True)
         _track(self.run, self.folder, summaries)
         for network, summary in summaries.items():
             oracle = " (oracle)" if summary.get("oracle") else ""
@@ -159,13 +173,15 @@ class Evaluation:
 
 def _evaluate_volumes(job: Evaluation) -> dict[str, dict]:
     run, source, folder = job.run, job.source, job.folder
-    notes = conventions(run.config.evaluate) | job.notes
+    options = decided(run.config.evaluate, run.facts.label_scheme)
+    notes = conventions(options) | job.notes
     if run.config.inference.postprocess != "none":
         notes["postprocess"] = f"label maps cleared up by {run.config.inference.postprocess} before scoring"
     if job.front:
         notes["completed"] = f"every subset was completed by {job.front.config.method['name']} ({job.front.config.name}); the networks saw all sequences"
     predictor, scheme = CompletingPredictor(run, job.front) if job.front else run.predictor(), run.facts.label_scheme
-    rows = score_subjects(predictor, job.networks, source, job.subjects, job.subsets, scheme, run.config.evaluate, job.rank, job.world)
+    kept = job.kept(Row, *predictor.clocks)
+    rows = score_subjects(predictor, job.networks, source, job.subjects, job.subsets, scheme, options, job.rank, job.world, kept=kept)
     summaries = {n: summarise([row for row in rows if row.network == n], source.sequences, *job.heading, notes) for n in job.networks}
     if job.rank == 0:
         job.begin()
@@ -204,7 +220,8 @@ def _evaluate_completions(job: Evaluation) -> dict[str, dict]:
     if {*oracles} & {*job.networks} and source.label_scheme != run.facts.label_scheme:
         raise UserError(f"data set {source.dataset} has another label scheme than {oracles[0]}, which is given labels, learned from; set evaluate.networks")
     completer = run.completer()
-    scored = score_completions(completer, [*job.networks, COPY], source, job.subjects, job.subsets, rank=job.rank, world=job.world)
+    kept = job.kept(Completion, *completer.clocks)
+    scored = score_completions(completer, [*job.networks, COPY], source, job.subjects, job.subsets, rank=job.rank, world=job.world, kept=kept)
     rows, copies = ([row for row in scored if (row.network == COPY) == floor] for floor in (False, True))
     errors = fused.measure(completer, job.networks, source, job.subjects, job.rank, job.world)
     notes = synthesis.conventions(run.config.data.slices, run.method.intensity, any(row.score.lpips is not None for row in rows)) | job.notes
@@ -242,7 +259,7 @@ def _evaluate_paintings(job: Evaluation) -> dict[str, dict]:
     run, source, folder = job.run, job.source, job.folder
     _refuse_postprocess(run)
     predictor = run.predictor()
-    rows = score_paintings(predictor, job.networks, source, job.subjects, job.rank, job.world)
+    rows = score_paintings(predictor, job.networks, source, job.subjects, job.rank, job.world, kept=job.kept(Completion, *predictor.clocks))
     summaries = {
         n: summarise_completions([row for row in rows if row.network == n], source.sequences, *job.heading, False, painting.CONVENTIONS | job.notes)
         for n in job.networks
@@ -300,32 +317,6 @@ def _check_data(run: TrainedRun, source: CaseSource, split: str, subjects: Seque
         raise UserError(f"data set {source.dataset} has other classes, or views of another shape, than the run was trained on; build it the same way")
 
 
-def _overlap_note(run: TrainedRun, source: CaseSource, split: str, allowed: bool) -> dict[str, str]:
-    found = training_overlap(run.source.stores, run.config.data.fold, source.stores, split)
-    if not (allowed or run.config.data.allow_overlap):
-        refuse(found.unstated, split, "--allow-overlap")
-    if not found.pairs:
-        return {}
-    seen = {other for _, other, _ in found.pairs}
-    return {"overlap": f"ALLOWED OVERLAP: {len(seen)} of these cases were seen in training; the figures are optimistic"}
-
-
-def _untrained_note(run: TrainedRun, subsets: Sequence[Subset]) -> dict[str, str]:
-    """Subsets that are scored though training never showed them to the network."""
-    method, sequences = run.method, run.facts.sequences
-    entries = [store.subjects[key] for store in run.source.stores for key in split_subjects(store, "train", run.config.data.fold)]
-    patterns = {tuple(name in entry.sequences for name in sequences) for entry in entries}
-    if method.complete_only:
-        patterns = {(True,) * len(sequences)}
-    configs = [method.availability(stage) or run.config.data.availability for stage in run.config.stages or method.stages]
-    seen = {subset for config in configs for subset in Availability(config, sequences).possible(patterns)}
-    never = [subset_name(sequences, subset) for subset in subsets if subset not in seen]
-    if not never:
-        return {}
-    log.warning("%s was never trained on %s", run.config.name, ", ".join(never))
-    return {"never trained": f"{', '.join(never)}: training never gave these; the figures show what happens then, not what training could reach"}
-
-
 def _networks(run: TrainedRun) -> list[str]:
     wanted = run.config.evaluate.networks
     unknown = sorted(set(wanted or ()) - set(run.networks))
@@ -360,7 +351,7 @@ def _cost(predictor: Predictor | Completer) -> dict[str, Any]:
         if front is not None:
             cost[network]["completion_seconds_per_case"] = front
         if isinstance(predictor, Completer):
-            cost[network]["seconds_per_slice"] = sum(seconds) / predictor.slices_done[network]
+            cost[network]["seconds_per_slice"] = sum(seconds) / sum(predictor.slices_done[network])
     return cost
 
 

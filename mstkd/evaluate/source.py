@@ -1,5 +1,7 @@
 """The cases of one or several shard sets, under one roof."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +45,15 @@ class CaseSource:
     def dataset(self) -> str:
         """Names of the data sets, joined by "+"."""
         return "+".join(store.index.dataset for store in self.stores)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over what the sets' indices say, and over which sequences of each case are shown."""
+        digest = hashlib.sha256()
+        for store in self.stores:
+            digest.update(store.index.model_dump_json().encode())
+            digest.update(json.dumps({key: entry.sequences for key, entry in store.subjects.items()}).encode())
+        return digest.hexdigest()
 
     def subject(self, key: str) -> Sample | ViewSample:
         """One stored case."""

@@ -3,7 +3,8 @@
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def print_table(summary: dict[str, Any], title: str, console: Console | None = None) -> None:
-    """One line per subset: Dice in per cent and HD95 in mm per region; the conventions below."""
+    """One line per subset: Dice in per cent and HD95 in mm per region; what stands beside them as means; n and the conventions below."""
     console = console or Console()
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("given", no_wrap=True)
@@ -69,8 +70,43 @@ def print_table(summary: dict[str, Any], title: str, console: Console | None = N
     table.add_section()
     table.add_row("mean", *_texts(summary["mean"], regions), style="bold")
     console.print(table)
-    for key, text in summary["conventions"].items():
+    if columns := beside(summary):
+        means = Table(title="mean over the lines above", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for heading in ("region", *(column.heading for column in columns)):
+            means.add_column(heading, justify="left" if heading == "region" else "right")
+        for region, cell in summary["mean"].items():
+            means.add_row(region, *(column.text(cell[column.key]) for column in columns))
+        console.print(means)
+    for key, text in {"n": counted(summary), **summary["conventions"]}.items():
         console.print(f"{key}: {text}", style="dim", highlight=False, markup=False)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of a summary's cells, as tables show it."""
+
+    key: str
+    heading: str
+    text: Callable[[float | None], str]
+
+
+def beside(summary: dict[str, Any]) -> list[Column]:
+    """What a summary says beside Dice and HD95, and beside counts."""
+    cell = next(iter(summary["mean"].values()), {})
+    return [column for column in BESIDE if column.key in cell]
+
+
+def counted(summary: dict[str, Any]) -> str:
+    """How many cases the lines of a summary are means over, and how many of them have something in a region."""
+
+    def cases(region: str, key: str) -> str:
+        numbers = sorted({cells[region][key] for cells in summary["subsets"].values()})
+        return " to ".join(str(n) for n in dict.fromkeys((numbers[0], numbers[-1])))
+
+    regions = list(summary["mean"])
+    if not regions:
+        return "no cases"
+    return f"{cases(regions[0], 'n')} cases per line; truth non-empty in " + ", ".join(f"{region} {cases(region, 'n_nonempty')}" for region in regions)
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:
@@ -83,15 +119,37 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def millimetres(value: float | None) -> str:
+def tenths(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def fine_percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.3f}"
+
+
+def signed_tenths(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.1f}"
+
+
+BESIDE = (
+    Column("sensitivity", "sensitivity %", percent),
+    Column("specificity", "specificity %", fine_percent),
+    Column("truth_ml", "truth ml", tenths),
+    Column("predicted_ml", "predicted ml", tenths),
+    Column("volume_error_ml", "error ml", signed_tenths),
+    Column("absolute_volume_error_ml", "|error| ml", tenths),
+    Column("assd_mm", "ASSD mm", tenths),
+    Column("lesion_dice", "lesion Dice %", percent),
+    Column("lesion_hd95_mm", "lesion HD95 mm", tenths),
+    Column("ece", "ECE %", fine_percent),
+)
 
 
 def _texts(cells: dict[str, dict], regions: Sequence[str]) -> list[str]:
     texts = []
     for region in regions:
         cell = cells[region]
-        texts += [percent(cell["dice"]), percent(cell["dice_nonempty"]), millimetres(cell["hd95_mm"])]
+        texts += [percent(cell["dice"]), percent(cell["dice_nonempty"]), tenths(cell["hd95_mm"])]
     return texts
 
 
@@ -109,12 +167,26 @@ def _cell(scores: list[Score]) -> dict[str, float | int | None]:
         "hd95_n": len(both),
         "missed": len(truth) - len(both),
     }
-    if any(score.assd_mm is not None for score in scores):
-        cell["assd_mm"] = mean_known([score.assd_mm for score in scores])
-        cell["assd_nonempty_mm"] = mean_known([score.assd_mm for score in both])
-    if any(score.lesion_dice is not None for score in scores):
-        cell["lesion_dice"] = mean_known([score.lesion_dice for score in scores])
-        cell["lesion_hd95_mm"] = mean_known([score.lesion_hd95_mm for score in scores])
+    return cell | _beside(scores, truth, both)
+
+
+def _beside(scores: list[Score], truth: list[Score], both: list[Score]) -> dict[str, float | None]:
+    """The figures that stand beside Dice and HD95, as far as they were measured."""
+
+    def measured(key: str) -> list[float]:
+        return [value for score in scores if (value := getattr(score, key)) is not None]
+
+    cell: dict[str, float | None] = {}
+    if measured("truth_ml"):
+        errors = [score.predicted_ml - score.truth_ml for score in scores]
+        cell |= {"sensitivity": mean_known([score.sensitivity for score in truth])}
+        cell |= {key: mean_known(measured(key)) for key in ("specificity", "truth_ml", "predicted_ml")}
+        cell |= {"volume_error_ml": mean_known(errors), "absolute_volume_error_ml": mean_known(np.abs(errors).tolist())}
+    if measured("assd_mm"):
+        cell |= {"assd_mm": mean_known(measured("assd_mm")), "assd_nonempty_mm": mean_known([score.assd_mm for score in both])}
+    for key in ("lesion_dice", "lesion_hd95_mm", "ece"):
+        if measured(key):
+            cell[key] = mean_known(measured(key))
     return cell
 
 

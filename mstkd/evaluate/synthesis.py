@@ -23,6 +23,7 @@ from mstkd.config import IntensityConfig, SliceConfig
 from mstkd.errors import UserError
 from mstkd.evaluate.completion import Completer, Slices
 from mstkd.evaluate.inference import evaluation_mode
+from mstkd.evaluate.kept import KeptScores
 from mstkd.evaluate.metrics import bounding_box, region_masks
 from mstkd.evaluate.perceptual import Distance, perceptual_distance
 from mstkd.evaluate.sharing import score_each
@@ -176,16 +177,17 @@ def _means(maps: Sequence[tuple[NDArray, NDArray]], boxes: Sequence[Box | None])
 def score_completions(
     completer: Completer, networks: Sequence[str], source: CaseSource, subjects: Sequence[str], subsets: Sequence[Subset],
     regions: bool = True, rank: int = 0, world: int = 1, stopping: Callable[[], bool] | None = None,
+    kept: KeptScores[Completion] | None = None,
 ) -> list[Completion]:  # fmt: skip
     """Scores of every subject x network x subset x sequence outside it, the same on every rank and for any number of ranks.
 
     A pattern is left out for a case that lacks one of its sequences. COPY among the networks is the floor to beat. Without `regions`
-    whole slices alone (cheap, for validation). Collective with several ranks. `stopping` as in `shared_out`.
+    whole slices alone (cheap, for validation). Collective with several ranks. `stopping` as in `shared_out`, `kept` as in `score_each`.
     Raises UserError: an oracle is asked for and a case has no label.
     """
     distance = perceptual_distance(completer.device) if regions else None
     with evaluation_mode(completer.method):
-        return score_each(subjects, lambda key: _score_case(completer, networks, source, key, subsets, regions, distance), rank, world, stopping)
+        return score_each(subjects, lambda key: _score_case(completer, networks, source, key, subsets, regions, distance), rank, world, stopping, kept)
 
 
 def _score_case(completer, networks, source, key, subsets, regions, distance) -> list[Completion]:

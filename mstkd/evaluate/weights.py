@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.source import CaseSource
 from mstkd.methods import DataFacts, Method, build
-from mstkd.run_folder import check_prediction, read_record, read_run_config
+from mstkd.run_folder import check_prediction, git_state, read_record, read_run_config
 from mstkd.shards.spec import Classification, LabelScheme, scheme_of
 
 
@@ -45,6 +46,13 @@ class TrainedRun:
             return self
         inference = InferenceConfig.model_validate(self.config.inference.model_dump() | {"postprocess": rule})
         return replace(self, config=self.config.model_copy(update={"inference": inference}))
+
+    def identity(self) -> dict:
+        """What its predictions follow from: the best weights by sha256, the method, how it is applied, and the code."""
+        trained = [stage for stage in self.method.stages if (self.folder / stage / "checkpoints" / "best").is_file()]
+        weights = {stage: [identity(file)["sha256"] for file in best_files(self.folder, stage)] for stage in trained}
+        code = {"version": version("mstkd"), "git": git_state()}
+        return {"weights": weights, "method": self.config.method, "inference": self.config.inference.model_dump(), "code": code}
 
     def placed(self) -> torch.device:
         """The GPU if there is one; the networks are moved there."""

@@ -162,6 +162,10 @@ class Method(ABC):
         """Label map (B, X, Y, Z) uint8 in the data's label scheme from logits (B, K, X, Y, Z); classification: classes (B,)."""
         raise NotImplementedError(f"{type(self).__name__} is for {self.task}; it draws no label maps")
 
+    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
+        """By region of the data's label scheme (B, X, Y, Z), 0 to 1, of logits (B, K, X, Y, Z); nothing where a method tells none."""
+        return {}
+
     def features(self, image: Tensor, available: Tensor) -> dict[str, tuple[Tensor, list[int]]]:
         """Where a method has features of single sequences: kind -> vectors (N, C) float32 and the sequence (index) of each of the N.
 

@@ -150,6 +150,9 @@ class KD(Method):
     def to_labels(self, logits: Tensor) -> Tensor:
         return self.channels.decode(logits)
 
+    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
+        return self.channels.probabilities(logits)
+
 
 def build_network(name: str, config: ArchitectureConfig, facts: DataFacts, outputs: int, inputs: int | None = None) -> Segmenter:
     """The network of the section `method.<name>`, for all sequences or only so many `inputs`; raises UserError where it cannot be built."""

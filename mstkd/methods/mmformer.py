@@ -116,5 +116,8 @@ class MMFormerMethod(Method):
     def to_labels(self, logits: Tensor) -> Tensor:
         return self.channels.decode(logits)
 
+    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
+        return self.channels.probabilities(logits)
+
 
 METHOD = MMFormerMethod

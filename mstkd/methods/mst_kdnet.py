@@ -217,6 +217,9 @@ class MSTKDNet(Method):
     def to_labels(self, logits: Tensor) -> Tensor:
         return self.channels.decode(logits)
 
+    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
+        return self.channels.probabilities(logits)
+
     def _hidden(self, image: Tensor) -> Tensor:
         """What hidden sequences hold; noise is the same in every call, so that a prediction can be repeated."""
         if self.config.missing_fill == "noise":

@@ -130,6 +130,9 @@ class ShaSpec(Method):
     def to_labels(self, logits: Tensor) -> Tensor:
         return self.channels.decode(logits)
 
+    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
+        return self.channels.probabilities(logits)
+
     def features(self, image: Tensor, available: Tensor) -> dict[str, tuple[Tensor, list[int]]]:
         with torch.no_grad():
             output = self.networks["student"](image, available)

@@ -276,6 +276,9 @@ class UHFGuided(Method):
     def to_labels(self, logits: Tensor) -> Tensor:
         return self.classes.decode(logits)
 
+    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
+        return self.classes.probabilities(logits)
+
 
 def _channel(key: str, name: str | None, facts: DataFacts, default: int) -> int:
     if name is not None and name not in facts.sequences:
