@@ -122,7 +122,7 @@ def evaluate(
     spec: Annotated[str | None, typer.Option(help="With --pred: the data set spec that names files and labels.")] = None,
     out: Annotated[Path | None, typer.Option(help="With --pred: where results go. Default: PRED/evaluation.")] = None,
 ) -> None:
-    """Score a run, or label maps that lie in a folder, on every subset of sequences.
+    """Score a run, or label maps that lie in a folder, on every subset of sequences. What was interrupted goes on where it stopped.
 
     Example: mstkd evaluate runs/mst_kdnet_phantom
 

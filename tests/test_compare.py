@@ -294,3 +294,11 @@ def test_a_tracked_comparison_lies_beside_its_first_run(shards, tmp_path):
     assert kept[0].data.metrics["dice/ET/mean_teacher"] == pytest.approx(found.mean("mean_teacher", "ET").score.value)
     names = {item.path for item in client.list_artifacts(kept[0].info.run_id, "compare")}
     assert names == {f"compare/{path.name}" for path in (tmp_path / "out").iterdir()}
+
+
+def test_figures_that_stand_beside_are_no_reason_to_refuse(shards, tmp_path):
+    older, newer = write_run(shards, "older", flat(0.5)), write_run(shards, "newer", flat(0.6), method={"name": "x"}, evaluate={"calibration": True, "assd": True})
+    summary = json.loads((older / "evaluation" / "summary.json").read_text())
+    del summary["conventions"]["sensitivity"], summary["conventions"]["volumes"]  # as evaluated before there were any
+    (older / "evaluation" / "summary.json").write_text(json.dumps(summary))
+    assert compare([older, newer], tmp_path / "out").mean("x", "WT").difference.value == pytest.approx(0.1)

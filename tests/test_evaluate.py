@@ -40,6 +40,7 @@ from mstkd.subsets import all_subsets, subset_name
 REAL_CASE = Path(__file__).resolve().parents[2] / "shared" / "data" / "real_case"
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
 CELL = {"dice", "dice_nonempty", "n", "n_nonempty", "false_positive_cases", "hd95_mm", "hd95_nonempty_mm", "hd95_n", "missed"}
+CELL |= {"sensitivity", "specificity", "truth_ml", "predicted_ml", "volume_error_ml", "absolute_volume_error_ml", "lesion_dice", "lesion_hd95_mm"}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,12 @@ def test_summary_is_the_mean_of_the_cases(evaluated):
             assert cell["n_nonempty"] == truth.sum() and cell["missed"] == (truth & ~found).sum()
             assert cell["false_positive_cases"] == (~truth & found).sum() and cell["hd95_n"] == (truth & found).sum()
             assert cell["hd95_mm"] == pytest.approx(np.mean([float(r["hd95_mm"]) for r in mine]))
+            for key in ("specificity", "truth_ml", "predicted_ml", "lesion_dice", "lesion_hd95_mm"):
+                assert cell[key] == pytest.approx(np.mean([float(r[key]) for r in mine]))
+            found = [float(r["sensitivity"]) for r in mine if r["sensitivity"]]
+            assert len(found) == truth.sum() and cell["sensitivity"] == (pytest.approx(np.mean(found)) if found else None)
+            errors = np.array([float(r["predicted_ml"]) - float(r["truth_ml"]) for r in mine])
+            assert (cell["volume_error_ml"], cell["absolute_volume_error_ml"]) == pytest.approx((errors.mean(), abs(errors).mean()))
     for region in ("WT", "TC", "ET"):
         assert summary["mean"][region]["dice"] == pytest.approx(np.mean([c[region]["dice"] for c in summary["subsets"].values()]))
         assert summary["mean"][region]["n"] == 30
@@ -181,7 +188,8 @@ def test_report_is_whole_and_needs_nothing_else(evaluated):
     html = (evaluated / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', html)
     assert len(sources) == 4 and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert html.count("<td>flair+t1ce</td>") == 2 and html.count("hd95_empty") == 3  # two networks; under each of three tables
+    assert html.count("<td>flair+t1ce</td>") == 4 and html.count("hd95_empty") == 5  # two networks; under each of five tables
+    assert html.count("2 cases per line; truth non-empty in WT ") == 5
     student = read(evaluated / "summary.json")
     assert f"<td>{100 * student['mean']['WT']['dice_nonempty']:.1f}</td>" in html
     for picture in ("heat_map_student", "heat_map_teacher", "cases", "qualitative"):
@@ -223,13 +231,14 @@ def test_options_reach_the_figures_and_are_named(evaluated, shards, tmp_path):
     (tmp_path / "shards").symlink_to(shards)
     other = write_run(tmp_path, "toy", {"name": "toys.linear"})
     config = yaml.safe_load((other / "config.yaml").read_text())
-    config["evaluate"] = {"networks": ["student"], "empty": "reference", "hd95": "pooled", "assd": True, "lesion_wise": True}
+    config["evaluate"] = {"networks": ["student"], "empty": "reference", "hd95": "pooled", "assd": True, "lesion_wise": False}
     (other / "config.yaml").write_text(yaml.safe_dump(config))
     summary = evaluate_run(other)
     assert not (other / "evaluation" / "summary_teacher.json").exists()
-    assert all(set(cell) == CELL | {"assd_mm", "assd_nonempty_mm", "lesion_dice", "lesion_hd95_mm"} for cell in summary["mean"].values())
+    assert all(set(cell) == CELL - {"lesion_dice", "lesion_hd95_mm"} | {"assd_mm", "assd_nonempty_mm"} for cell in summary["mean"].values())
     notes = summary["conventions"]
-    assert "rewards missed" in notes["hd95_empty"] and "pooled" in notes["hd95_mm"] and "18-connected" in notes["lesion_wise"]
+    assert "rewards missed" in notes["hd95_empty"] and "pooled" in notes["hd95_mm"] and "lesion_wise" not in notes
+    assert "18-connected" in read(evaluated / "summary.json")["conventions"]["lesion_wise"]
     usual = read(evaluated / "summary.json")["subsets"]
     missed = [(s, r) for s, cells in usual.items() for r, cell in cells.items() if cell["missed"]]
     assert missed and all(summary["subsets"][s][r]["hd95_mm"] < usual[s][r]["hd95_mm"] for s, r in missed)

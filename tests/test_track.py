@@ -187,6 +187,13 @@ def test_values_that_ruin_a_chart_stay_out_of_mlflow(config):
     assert (record["a"], record["b"], record["c"]) == (None, None, 1.0)
 
 
+def test_more_figures_than_mlflow_takes_at_once_all_arrive(config):
+    figures = {f"dice/region{n}/flair+t1": n / 2500 for n in range(2500)}
+    with opened(config) as tracker:
+        tracker.child("evaluation").log_metrics(figures, 0, "evaluation")
+    assert len(runs(config)[f"{config.name}/evaluation"].data.metrics) == 2500
+
+
 @pytest.mark.parametrize("name", ["dice_et/flair+t1ce", "psnr/t1+t2->flair", "hd95 (mm)", "lr@x"])
 def test_any_metric_name_becomes_one_that_mlflow_takes(config, name):
     with opened(config) as tracker:

@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 from mstkd.config import InferenceConfig, RunConfig, resolved
 from mstkd.data.store import ShardStore
 from mstkd.engine import backend
+from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
 from mstkd.evaluate.cases import score_subjects
 from mstkd.evaluate.inference import Predictor
+from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import load_networks
@@ -60,6 +62,18 @@ def method_and_source(shards, section=None, crop=CROP, slice_size=None):
 def predictor_and_source(shards, section=None, window=None):
     method, source = method_and_source(shards, section)
     return Predictor(method, source.sequences, CROP, InferenceConfig(window=window), torch.device("cpu")), source
+
+
+def evaluate(run: str) -> str:
+    """A whole evaluation, as one of the ranks that share it; what went wrong here, or nothing."""
+    ranks = resolve_environment()
+    backend.start(ranks)
+    try:
+        with agreed(ranks):
+            evaluate_run(Path(run), rank=ranks.rank, world=ranks.world)
+    except Exception as error:
+        return str(error)
+    return ""
 
 
 def on_ranks(shards: str, config: dict, run: str | None = None) -> tuple[list, dict]:

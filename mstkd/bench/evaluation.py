@@ -43,6 +43,7 @@ class Settings:
     cases: int = 2
     size: int = 96
     run: Path | None = None  # a trained run, on the first cases of its test split, instead
+    overrides: tuple[str, ...] = ()  # of the recipe whose network is run on generated cases
 
     def facts(self) -> dict:
         """For the report's title."""
@@ -82,7 +83,7 @@ def _generated(settings: Settings, scratch: Path, say: Callable[[str], None]) ->
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         subjects = write_phantom(scratch / "nifti", max(settings.cases, 3), settings.size)
         build("phantom", scratch / "nifti", scratch / "set", splits=write_splits(scratch / "splits.json", subjects))
-    source, config = CaseSource([ShardStore(scratch / "set")]), load_config(RECIPE, [])
+    source, config = CaseSource([ShardStore(scratch / "set")]), load_config(RECIPE, list(settings.overrides))
     method = Fitted(config.method, DataFacts(source.sequences, source.label_scheme, config.data.crop))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for network in method.networks.values():
@@ -162,7 +163,7 @@ def evaluation_figures(turns: Sequence[Turn]) -> list[Figure]:
         f"{PLAIN}, inference": [turn.plain["inference"] for turn in turns],
         f"{OURS}, inference": [turn.ours_inference for turn in turns],
     }
-    notes = {f"{OURS}, metrics": "alone, on the same label maps", f"{OURS}, all but inference": "metrics run beside the next inference"}
+    notes = {f"{OURS}, metrics": "alone, on the same label maps", f"{OURS}, all but inference": "on a GPU metrics run beside the next inference"}
     figures = [figure(name, "s/case", values, notes.get(name, "")) for name, values in seconds.items()]
     beside = [replace(ours, versus={"loop": ratio(ours, plain)}) for plain, ours in zip(figures[::2], figures[1::2])]
     pairs = [entry for pair in zip(figures[::2], beside) for entry in pair]

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mstkd.data.sample import rng
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.metrics import region_masks
 from mstkd.evaluate.source import CaseSource
@@ -32,19 +31,20 @@ class Fitted(MSTKDNet):
         self.weights: dict[Subset, Tensor] = {}  # (3, M + 1)
 
     def fit(self, predictor: Predictor, source: CaseSource, subjects: Iterable[str]) -> None:
-        """Least squares over the tumours' voxels and twice as many of the rest of the brain."""
+        """Least squares over the brains' voxels; as many of them are called a region as belong to it."""
         seen, wanted = [], []
         for key in subjects:
             sample = source.subject(key)
-            volume, brain, label = predictor.volume(sample.image, sample.brain, sample.meta), sample.brain.ravel() > 0, sample.label.ravel()
-            tumour, rest = np.flatnonzero(label), np.flatnonzero(brain & (label == 0))
-            chosen = np.concatenate([tumour, rng("read-out", key).choice(rest, min(len(rest), 2 * len(tumour) + 1), replace=False)])
-            seen.append(_smooth(volume.image)[0, :, *volume.inner].flatten(1)[:, chosen])
-            wanted.append(torch.from_numpy(np.stack([mask.ravel()[chosen] for mask in region_masks(sample.label, source.label_scheme).values()])))
-        features, targets = torch.cat(seen, 1).cpu(), 2 * torch.cat(wanted, 1).float() - 1
+            volume, inside = predictor.volume(sample.image, sample.brain, sample.meta), torch.from_numpy(sample.brain > 0)
+            seen.append(_smooth(volume.image)[0, :, *volume.inner].cpu()[:, inside])
+            wanted.append(torch.stack([torch.from_numpy(mask)[inside] for mask in region_masks(sample.label, source.label_scheme).values()]))
+        features, truth = torch.cat(seen, 1), torch.cat(wanted, 1).float()
         for subset in all_subsets(source.sequences):
             shown = torch.cat([features * torch.tensor(subset)[:, None], torch.ones_like(features[:1])])
-            self.weights[subset] = torch.linalg.lstsq(shown.T, targets.T, driver="gelsd").solution.T
+            weights = truth @ shown.T @ torch.linalg.pinv(shown @ shown.T)
+            for row, score, share in zip(weights, weights @ shown, truth.mean(1), strict=True):
+                row[-1] -= np.quantile(score.numpy(), 1 - share.item())
+            self.weights[subset] = weights
 
     def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
         logits = super().predict(image, available, network)

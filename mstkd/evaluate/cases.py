@@ -127,7 +127,7 @@ def _score_case(predictor, networks, source, key, subsets, scheme, options) -> l
         return with_calibration(scores, probabilities, stored) if stored else scores
 
     case, found = predictor.case(sample), {}
-    with ThreadPoolExecutor(max_workers=1) as scorer:  # one prediction is scored while the next one is made
+    with ThreadPoolExecutor(max_workers=1) as scorer:  # one prediction is scored while the GPU makes the next one
         for name, subset in _given(subsets, case.present, predictor.sequences).items():
             volume, visible = case.given(subset)
             for network in networks:
@@ -136,6 +136,8 @@ def _score_case(predictor, networks, source, key, subsets, scheme, options) -> l
                 labels = predictor.decide(scores, volume, visible, on_file=resampled)
                 wait(found.values())  # so that no more than one lies in memory
                 found[name, network] = scorer.submit(scored, labels, probabilities)
+                if predictor.device.type == "cpu":  # scoring would take cores from the next prediction, which is timed
+                    wait(found.values())
         rows = [Row(network, key, name, region, scores.result()[region]) for (name, network), scores in found.items() for region in scheme.regions]
     return sorted(rows, key=lambda row: networks.index(row.network))
 

@@ -37,6 +37,7 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 log = logging.getLogger(__name__)
 
+METRICS_PER_CALL = 1000  # MLflow takes no more at once; an evaluation of 27 regions has thousands
 DIGEST_CHARS = 36  # as many as MLflow's data base holds
 IDENTIFYING_FILES = {"per_case.csv", "copy_per_case.csv", "report.html", "config.yaml", "record.json"}  # subject keys, paths
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page then opens on training runs
@@ -231,7 +232,8 @@ class MlflowTracker(Tracker):
                 history = client.get_metric_history(self.run_id, key)
                 self._last_step[key] = max((metric.step for metric in history), default=-1)
             metrics = [metric for metric in metrics if metric.step > self._last_step[metric.key]]
-        client.log_batch(self.run_id, metrics=metrics)
+        for first in range(0, len(metrics), METRICS_PER_CALL):
+            client.log_batch(self.run_id, metrics=metrics[first : first + METRICS_PER_CALL])
 
     def _log_missing_params(self, params: dict[str, object]) -> None:
         """Log what the run does not have: MLflow refuses to change a parameter."""

@@ -44,6 +44,9 @@ class Linear(Method):
             labels[logits[:, k] > 0] = scheme.paint[region]
         return labels
 
+    def probabilities(self, logits):
+        return dict(zip(self.facts.label_scheme.regions, logits.sigmoid().unbind(1)))
+
     @staticmethod
     def _network(sequences, shift):
         network = nn.Sequential(nn.Conv3d(sequences, 3, 3, padding=1), nn.Dropout(0.5))
