@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+import yaml
 from trained_run import make_run, write_run
 
 from mstkd.methods import DataFacts, Method, build
@@ -19,9 +20,13 @@ TESTS = Path(__file__).parent
 
 
 def unet_run(root: Path) -> Path:
-    """root/nifti, root/shards and a run folder, which is returned."""
+    """root/nifti, root/shards and a run folder, which is returned. It predicts in float32, as graphs do."""
     make_run(root)
-    return write_run(root, "unet", UNET)
+    run = write_run(root, "unet", UNET)
+    recipe = yaml.safe_load((run / "config.yaml").read_text())
+    recipe["inference"]["precision"] = "fp32"
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    return run
 
 
 def case_files(run: Path, *sequences: str) -> dict[str, Path]:

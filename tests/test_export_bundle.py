@@ -81,7 +81,7 @@ def test_monai_accepts_the_bundle_and_predicts_with_it_as_mstkd_does(run, bundle
         for sequence, file in case_files(run, *sequences).items():
             shutil.copy(file, tmp_path / "cases" / name / f"{sequence}.nii.gz")
     words = [sys.executable, "-c", WITHOUT_MSTKD, bundle, TESTS / "monai_bundle_schema.json", tmp_path / "cases", tmp_path / "labels"]
-    environment = {"PATH": "", "PYTHONPATH": str(bundle), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    environment = {"PATH": "", "PYTHONPATH": str(bundle), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "metadata is verified with no error" in done.stdout + done.stderr
@@ -96,7 +96,7 @@ def test_monai_accepts_the_bundle_and_predicts_with_it_as_mstkd_does(run, bundle
 
 
 def test_the_bundle_is_complete_and_tells_nobody(run, bundle):
-    names = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    names = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
     assert names == {
         "LICENSE", "docs/README.md", "configs/metadata.json", "configs/inference.json", "configs/mstkd.json", "models/model.ts", "models/model.pt",
         "scripts/__init__.py", "scripts/case.py",

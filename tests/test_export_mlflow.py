@@ -116,11 +116,12 @@ def test_a_served_model_answers_as_the_command_predicts(run, url):
 
 
 def test_the_logged_model_is_described_and_tells_nobody(run, client, tmp_path):
-    version = client.get_model_version("unet-phantom", "1")
-    logged = client.get_logged_model(version.model_id)
     evaluation = client.get_run(json.loads((run / "mlflow.json").read_text())["children"]["evaluation"])
+    [output] = evaluation.outputs.model_outputs
+    logged, version = client.get_logged_model(output.model_id), client.get_model_version("unet-phantom", "1")
     assert logged.name == "student" and str(logged.status) == "READY" and logged.source_run_id == evaluation.info.run_id == version.run_id
-    assert [output.model_id for output in evaluation.outputs.model_outputs] == [logged.model_id]
+    assert version.source == logged.artifact_location
+    assert [(entry["name"], str(entry["version"])) for entry in json.loads(logged.tags["mlflow.modelVersions"])] == [("unet-phantom", "1")]
     folder = Path(logged.artifact_location.removeprefix("file://"))
     model = Model.load(str(folder))
     assert model.model_id == logged.model_id and model.run_id == evaluation.info.run_id

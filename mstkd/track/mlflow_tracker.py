@@ -21,7 +21,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's own 7 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient  # noqa: E402  (reads the environment above)
-from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, RunTag  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, LoggedModel, LoggedModelOutput, Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.models import Model  # noqa: E402
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # noqa: E402
@@ -146,13 +146,19 @@ class Session:
         self.client.finalize_logged_model(logged.model_id, "READY")
         self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         if register is not None:
-            try:
-                self.client.create_registered_model(register)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            # not models:/<id>, which the client would look up where the environment says, not in `uri`
-            self.client.create_model_version(register, logged.artifact_location, run_id, model_id=logged.model_id)
+            self._register(logged, run_id, register)
+
+    def _register(self, logged: LoggedModel, run_id: str, name: str) -> None:
+        """As the next version of the registered model `name`."""
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # not models:/<id>, which the client would look up where the environment says, not in `uri`
+        version = self.client.create_model_version(name, logged.artifact_location, run_id, model_id=logged.model_id).version
+        # a server does this itself, a data base does not; the page needs it to find the version
+        self.client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": version}])})
 
     def exists(self, run_id: str) -> bool:
         try:
