@@ -10,9 +10,10 @@ from mstkd.export.window import LabelRule, WindowNetwork, example, largest_diffe
 from mstkd.methods import available_methods, load
 from mstkd.subsets import possible_subsets
 
-NEAR = 1e-5  # of the largest logit
+NEAR = 1e-4  # of the largest logit, in float32: instance norms of few voxels magnify rounding
 TRUNK = {"network": {"width": 8, "decoder_width": 2, "embed_dim": 24, "layers": 4, "heads": 3, "mlp_dim": 32}}
 UNET = {"architecture": "UNet", "arguments": {"channels": [4, 8], "strides": [2]}}
+DYNUNET = {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2] * 2, "filters": [4, 8, 8]}
 UHF = {"network": {"width": 2, "keeper_width": 1, "critic_width": 2}, "base": {"arguments": {"width": 5}}}
 PAIR = {"sequences": ("t1_3t", "t1_7t"), "scheme": "tissue3"}
 SHASPEC = {"width": 4, "blocks": [1, 1, 1, 1]}
@@ -25,8 +26,8 @@ METHODS = {
     "mean_teacher": ({"network": UNET}, (16, 16, 16), {}),
     "dedicated": ({"network": UNET, "subset": "t1+t2"}, (16, 16, 16), {}),
     "monai_network": ({"network": UNET}, (16, 16, 16), {}),
-    "mmformer": ({"network": {"width": 2, "embed_dim": 8, "heads": 2, "mlp_dim": 16}}, (32, 16, 16), {}),
-    "shaspec": ({"network": SHASPEC}, (64, 32, 16), {}),
+    "mmformer": ({"network": {"width": 2, "embed_dim": 8, "heads": 2, "mlp_dim": 16}}, (32, 32, 32), {}),
+    "shaspec": ({"network": SHASPEC}, (64, 64, 32), {}),
     "uhf_guided": (UHF, (32, 32, 32), PAIR),
     "uhf_guided_2d": (UHF, (32, 32, 32), PAIR),
 }
@@ -34,7 +35,7 @@ OTHERS = {
     "released shaspec": ("shaspec", {"network": SHASPEC | {"generated": "first", "skip_fill": "reference", "reference_global": True}}, (64, 32, 16)),
     "DynUNet": (
         "monai_network",
-        {"network": {"architecture": "DynUNet", "arguments": {"kernel_size": [3, 3], "strides": [1, 2], "upsample_kernel_size": [2], "filters": [4, 8]}}},
+        {"network": {"architecture": "DynUNet", "arguments": DYNUNET}},
         (16, 16, 16),
     ),
     "SwinUNETR": ("monai_network", {"network": {"architecture": "SwinUNETR", "arguments": {"feature_size": 12}}}, (64, 64, 64)),
@@ -78,6 +79,7 @@ def test_graphs_compute_what_torch_computes(name):
     module = WindowNetwork(method, network)
     model = graph_of(module, {"image": image, "available": available}, {"image": {0: "batch"}, "available": {0: "batch"}}, "logits")
     in_onnx, in_script = runner(model.SerializeToString()), torch.jit.trace(module, (image, available), check_trace=False)
+    assert "Device = prim::Constant" not in str(in_script.inlined_graph) or name == "SwinUNETR"  # MONAI's network names a device
     found = [largest_difference(method, network, image, subsets, graph) for graph in (in_onnx, in_script)]
     print(f"{name}: ONNX Runtime {found[0]:.1e}, TorchScript {found[1]:.1e} of the largest logit, {len(subsets)} subsets")
     assert max(found) < NEAR

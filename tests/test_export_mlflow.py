@@ -57,7 +57,8 @@ def url(run, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     store = f"sqlite:///{run.parent / 'mlflow.db'}"
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/unet-phantom/1", "--env-manager", "local", "--port", str(port), "--workers", "1"]
+    words = ["-m", "models:/unet-phantom/1", "--env-manager", "local", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", *words]
     log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("w") as stream:
         environment = os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -126,7 +127,8 @@ def test_the_logged_model_is_described_and_tells_nobody(run, client, tmp_path):
     model = Model.load(str(folder))
     assert model.model_id == logged.model_id and model.run_id == evaluation.info.run_id
     inputs, outputs = model.signature.inputs, model.signature.outputs
-    assert inputs.input_names() == ["flair", "t1", "t1ce", "t2"] and inputs.required_input_names() == [] and outputs.input_names() == ["labels", "subset"]
+    assert inputs.input_names() == ["flair", "t1", "t1ce", "t2"] and inputs.required_input_names() == []
+    assert outputs.input_names() == ["labels", "subset"]
     assert model.load_input_example(str(folder)).columns.tolist() == ["flair", "t1", "t1ce", "t2"]
     requirements = (folder / "requirements.txt").read_text().split()
     assert f"mstkd=={mstkd.__version__}" in requirements and not [line for line in requirements if "/" in line or "+" in line or "@" in line]

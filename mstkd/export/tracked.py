@@ -15,7 +15,8 @@ def check_model(run: TrainedRun) -> None:
     if not run.config.tracking.log_model:
         return
     if run.method.task != "segmentation":
-        raise UserError(f"tracking.log_model: a served model draws label maps, and {run.config.method['name']} is for {run.method.task}; set it to false")
+        name = run.config.method["name"]
+        raise UserError(f"tracking.log_model: a served model draws label maps, and {name} is for {run.method.task}; set it to false")
     dataset_of(run, None)
 
 
