@@ -36,7 +36,7 @@ def run(tmp_path_factory):
     folder = unet_run(tmp_path_factory.mktemp("served"))
     config = folder / "config.yaml"
     recipe = yaml.safe_load(config.read_text())
-    recipe["tracking"] |= {"log_model": True, "register": "unet-phantom"}
+    recipe["tracking"] |= {"log_model": True, "register_as": "unet-phantom"}
     recipe["evaluate"]["networks"] = ["student"]
     config.write_text(yaml.safe_dump(recipe))
     with open_trackers(read_run_config(folder), folder, attempt=1, tags={}, dataset={"name": "phantom", "digest": "0" * 64}):
@@ -147,8 +147,8 @@ def test_its_own_example_is_answered_and_an_exported_folder_is_the_same_model(ru
 
 
 def test_what_cannot_be_served_is_said_before_anything_is_scored(run, tmp_path):
-    with pytest.raises(ValueError, match="tracking.register needs tracking.log_model=true"):
-        RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()) | {"tracking": {"register": "unet"}})
+    with pytest.raises(ValueError, match="tracking.register_as needs tracking.log_model=true"):
+        RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()) | {"tracking": {"register_as": "unet"}})
     record = (run / "record.json").read_text()
     try:
         (run / "record.json").write_text(record.replace('"phantom"', '"mine"'))

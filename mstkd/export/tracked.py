@@ -21,7 +21,7 @@ def check_model(run: TrainedRun) -> None:
 
 
 def log_model(run: TrainedRun, tracker: Tracker) -> None:
-    """If it is asked for; registered under `tracking.register`, if that is given."""
+    """If it is asked for; registered under `tracking.register_as`, if that is given."""
     if not run.config.tracking.log_model:
         return
     from mstkd.export.mlflow_model import write_model  # MLflow takes seconds to import
@@ -29,4 +29,4 @@ def log_model(run: TrainedRun, tracker: Tracker) -> None:
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_model(run, facts_of(run, dataset_of(run, None)), folder)
-        tracker.log_model(folder, run.networks[0], run.config.tracking.register)
+        tracker.log_model(folder, run.networks[0], run.config.tracking.register_as)
