@@ -92,7 +92,7 @@ class ShaSpecNetwork(nn.Module):
         specific, pooled = (torch.stack([getattr(one, name) for one in own], 1).flatten(0, 1) for name in ("feature", "pooled"))
         residual = shared.feature + self.project(torch.cat([shared.feature, specific], 1))
         fused = filled_by_mask(residual, available, shared.feature, self.generated)
-        kept = available | True if self.skip_fill == "reference" else available
+        kept = available | ~available if self.skip_fill == "reference" else available
         logits = self.decoder(fused.flatten(1, 2), [filled_by_mask(skip, kept, skip).flatten(1, 2) for skip in shared.skips])
         return ShaSpecOutput(logits, shared.feature, specific, self.domain(pooled), fused, [])
 
