@@ -263,12 +263,12 @@ class TrackingConfig(Section):
     experiment: str = "mstkd"
     identify: bool = False  # let subject keys, host and user into MLflow
     log_model: bool = False  # segmentations: `mstkd evaluate` puts the student into MLflow, ready to be served; as large as its weights
-    register: str | None = None  # and makes it the next version of this registered model
+    register_as: str | None = None  # and makes it the next version of this registered model
 
     @model_validator(mode="after")
     def _something_to_register(self) -> "TrackingConfig":
-        if self.register is not None and not self.log_model:
-            raise ValueError("tracking.register needs tracking.log_model=true: what is registered is the logged model")
+        if self.register_as is not None and not self.log_model:
+            raise ValueError("tracking.register_as needs tracking.log_model=true: what is registered is the logged model")
         return self
 
 

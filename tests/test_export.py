@@ -4,12 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from exported_runs import SUBJECT, TESTS, case_files, refuse_identifying
 from safetensors.torch import load_file
 from trained_run import make_run, method_and_source
@@ -126,15 +126,14 @@ def test_bad_input_is_one_line(run, student, tmp_path):
     fails("mstkd.json: format: .*written by another version than mstkd .*Export the run again", mstkd.load, copy)
 
 
-def test_what_is_no_segmentation_and_a_set_without_a_spec_are_refused(run, tmp_path):
-    config = (run / "config.yaml").read_text()
-    record = (run / "record.json").read_text()
-    own = shutil.copytree(run, tmp_path / "own")
-    (own / "record.json").write_text(record.replace('"phantom"', '"mine"'))
+def test_a_synthesis_and_a_set_without_a_spec_are_refused(run, tmp_path):
+    own, synthesis = (shutil.copytree(run, tmp_path / name) for name in ("own", "synthesis"))
+    (own / "record.json").write_text((own / "record.json").read_text().replace('"phantom"', '"mine"'))
     with pytest.raises(UserError, match="data set mine has no packaged spec; say how files are named with --spec FILE"):
         export(own, tmp_path / "out")
-    synthesis = shutil.copytree(run, tmp_path / "synthesis")
-    (synthesis / "config.yaml").write_text(config.replace("name: toys.linear", "name: toys.copying").replace("crop:", "slices: {size: 32}\n  crop:"))
-    with pytest.raises(UserError, match="this command takes runs of segmentation"):
+    recipe = yaml.safe_load((synthesis / "config.yaml").read_text())
+    recipe["method"], recipe["data"] = {"name": "toys.copying"}, recipe["data"] | {"crop": None, "slices": {"size": 32}}
+    (synthesis / "config.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match="toys.copying is for synthesis; this command takes runs of segmentation"):
         export(synthesis, tmp_path / "out")
-    assert not (tmp_path / "out").exists() and Path(own).is_dir()
+    assert not (tmp_path / "out").exists()

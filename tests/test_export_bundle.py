@@ -81,8 +81,8 @@ def test_monai_accepts_the_bundle_and_predicts_with_it_as_mstkd_does(run, bundle
         for sequence, file in case_files(run, *sequences).items():
             shutil.copy(file, tmp_path / "cases" / name / f"{sequence}.nii.gz")
     words = [sys.executable, "-c", WITHOUT_MSTKD, bundle, TESTS / "monai_bundle_schema.json", tmp_path / "cases", tmp_path / "labels"]
-    environment = {"PATH": "", "PYTHONPATH": str(bundle), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(words, env=environment, cwd=bundle, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "metadata is verified with no error" in done.stdout + done.stderr
     assert "data shape of network is verified with no error" in done.stdout + done.stderr
@@ -112,7 +112,10 @@ def test_the_bundle_is_complete_and_tells_nobody(run, bundle):
 
 @pytest.mark.parametrize(
     "intensity",
-    [IntensityConfig(), *(IntensityConfig(kind=kind, interval=(-1, 1)) for kind in ("minmax", "reference_minmax", "percentile")), IntensityConfig(kind="percentile", percentile="0.1")],
+    [
+        IntensityConfig(), IntensityConfig(kind="percentile", percentile="0.1"),
+        *(IntensityConfig(kind=kind, interval=(-1, 1)) for kind in ("minmax", "reference_minmax", "percentile")),
+    ],
     ids=lambda intensity: f"{intensity.kind}-{intensity.percentile}",
 )
 def test_the_bundles_script_normalises_as_predict_does(run, intensity, monkeypatch):

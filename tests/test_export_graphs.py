@@ -6,13 +6,14 @@ from exported_runs import SEQUENCES, small
 
 from mstkd.errors import UserError
 from mstkd.export.onnx import graph_of, runner
-from mstkd.export.window import LabelRule, WindowNetwork, example, largest_difference
+from mstkd.export.window import LabelRule, WindowNetwork, example, largest_difference, tried_subsets
 from mstkd.methods import available_methods, load
 from mstkd.subsets import possible_subsets
 
-NEAR = 1e-5  # of the largest logit
+NEAR = 1e-4  # of the largest logit, in float32: instance norms of few voxels magnify rounding
 TRUNK = {"network": {"width": 8, "decoder_width": 2, "embed_dim": 24, "layers": 4, "heads": 3, "mlp_dim": 32}}
 UNET = {"architecture": "UNet", "arguments": {"channels": [4, 8], "strides": [2]}}
+DYNUNET = {"kernel_size": [3] * 3, "strides": [1, 2, 2], "upsample_kernel_size": [2] * 2, "filters": [4, 8, 8]}
 UHF = {"network": {"width": 2, "keeper_width": 1, "critic_width": 2}, "base": {"arguments": {"width": 5}}}
 PAIR = {"sequences": ("t1_3t", "t1_7t"), "scheme": "tissue3"}
 SHASPEC = {"width": 4, "blocks": [1, 1, 1, 1]}
@@ -25,8 +26,8 @@ METHODS = {
     "mean_teacher": ({"network": UNET}, (16, 16, 16), {}),
     "dedicated": ({"network": UNET, "subset": "t1+t2"}, (16, 16, 16), {}),
     "monai_network": ({"network": UNET}, (16, 16, 16), {}),
-    "mmformer": ({"network": {"width": 2, "embed_dim": 8, "heads": 2, "mlp_dim": 16}}, (32, 16, 16), {}),
-    "shaspec": ({"network": SHASPEC}, (64, 32, 16), {}),
+    "mmformer": ({"network": {"width": 2, "embed_dim": 8, "heads": 2, "mlp_dim": 16}}, (32, 32, 32), {}),
+    "shaspec": ({"network": SHASPEC}, (64, 64, 32), {}),
     "uhf_guided": (UHF, (32, 32, 32), PAIR),
     "uhf_guided_2d": (UHF, (32, 32, 32), PAIR),
 }
@@ -34,31 +35,31 @@ OTHERS = {
     "released shaspec": ("shaspec", {"network": SHASPEC | {"generated": "first", "skip_fill": "reference", "reference_global": True}}, (64, 32, 16)),
     "DynUNet": (
         "monai_network",
-        {"network": {"architecture": "DynUNet", "arguments": {"kernel_size": [3, 3], "strides": [1, 2], "upsample_kernel_size": [2], "filters": [4, 8]}}},
+        {"network": {"architecture": "DynUNet", "arguments": DYNUNET}},
         (16, 16, 16),
     ),
     "SwinUNETR": ("monai_network", {"network": {"architecture": "SwinUNETR", "arguments": {"feature_size": 12}}}, (64, 64, 64)),
 }
 
 
-def made(name):
-    if name in OTHERS:
-        method, section, crop = OTHERS[name]
-        named = {}
-    else:
-        method, (section, crop, named) = name, METHODS[name]
-    return small({"name": method, **section}, crop, **named), crop, named.get("sequences", SEQUENCES)
+SMALLEST = {"mst_kdnet": (32, 32, 32), "mmformer": (32, 16, 16), "shaspec": (64, 32, 16), "released shaspec": (64, 32, 16)}
+
+
+def made(name, crop=None):
+    method, (section, usual, *named) = (OTHERS[name][0], OTHERS[name][1:]) if name in OTHERS else (name, METHODS[name])
+    words = named[0] if named else {}
+    return small({"name": method, **section}, crop or usual, **words), crop or usual, words.get("sequences", SEQUENCES)
 
 
 def test_no_segmentation_method_is_left_out():
     assert {name for name in available_methods() if load(name).task == "segmentation"} == set(METHODS)
 
 
-@pytest.mark.parametrize("name", ["mst_kdnet", "mmformer", "shaspec", "released shaspec"])
+@pytest.mark.parametrize("name", SMALLEST)
 def test_one_path_for_every_subset_gives_the_same_logits(name):
     """As `predict` gives them, which encodes what is available alone; whatever stands in a hidden sequence. In double precision: norms of
     few voxels magnify rounding."""
-    method, crop, sequences = made(name)
+    method, crop, sequences = made(name, SMALLEST[name])
     for network in method.networks.values():
         network.double()
     image = example(len(sequences), crop)[0].double()
@@ -70,14 +71,21 @@ def test_one_path_for_every_subset_gives_the_same_logits(name):
     assert torch.equal(graph(image, alone), graph(hidden, alone)) and graph(hidden, alone).isfinite().all()
 
 
+def bound_to_a_device(graph: torch.jit.ScriptModule) -> set[str]:
+    """Operators that were written down with the device on which they ran."""
+    constants = graph.inlined_graph.findAllNodes("prim::Constant")
+    return {use.user.kind() for node in constants if str(node.output().type()) == "Device" for use in node.output().uses()}
+
+
 @pytest.mark.parametrize("name", [*METHODS, *(pytest.param(name, marks=pytest.mark.slow if name == "SwinUNETR" else ()) for name in OTHERS)])
 def test_graphs_compute_what_torch_computes(name):
     method, crop, sequences = made(name)
-    network, subsets = method.scored[0], possible_subsets(sequences, method.subsets)
+    network, subsets = method.scored[0], tried_subsets(method, sequences)
     image, available = example(len(sequences), crop)
     module = WindowNetwork(method, network)
     model = graph_of(module, {"image": image, "available": available}, {"image": {0: "batch"}, "available": {0: "batch"}}, "logits")
     in_onnx, in_script = runner(model.SerializeToString()), torch.jit.trace(module, (image, available), check_trace=False)
+    assert bound_to_a_device(in_script) <= {"aten::to", "aten::arange"} or name == "SwinUNETR"  # indices, which may lie in host memory
     found = [largest_difference(method, network, image, subsets, graph) for graph in (in_onnx, in_script)]
     print(f"{name}: ONNX Runtime {found[0]:.1e}, TorchScript {found[1]:.1e} of the largest logit, {len(subsets)} subsets")
     assert max(found) < NEAR

@@ -36,7 +36,7 @@ def run(tmp_path_factory):
     folder = unet_run(tmp_path_factory.mktemp("served"))
     config = folder / "config.yaml"
     recipe = yaml.safe_load(config.read_text())
-    recipe["tracking"] |= {"log_model": True, "register": "unet-phantom"}
+    recipe["tracking"] |= {"log_model": True, "register_as": "unet-phantom"}
     recipe["evaluate"]["networks"] = ["student"]
     config.write_text(yaml.safe_dump(recipe))
     with open_trackers(read_run_config(folder), folder, attempt=1, tags={}, dataset={"name": "phantom", "digest": "0" * 64}):
@@ -57,7 +57,8 @@ def url(run, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     store = f"sqlite:///{run.parent / 'mlflow.db'}"
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/unet-phantom/1", "--env-manager", "local", "--port", str(port), "--workers", "1"]
+    words = ["-m", "models:/unet-phantom/1", "--env-manager", "local", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", *words]
     log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("w") as stream:
         environment = os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -126,7 +127,8 @@ def test_the_logged_model_is_described_and_tells_nobody(run, client, tmp_path):
     model = Model.load(str(folder))
     assert model.model_id == logged.model_id and model.run_id == evaluation.info.run_id
     inputs, outputs = model.signature.inputs, model.signature.outputs
-    assert inputs.input_names() == ["flair", "t1", "t1ce", "t2"] and inputs.required_input_names() == [] and outputs.input_names() == ["labels", "subset"]
+    assert inputs.input_names() == ["flair", "t1", "t1ce", "t2"] and inputs.required_input_names() == []
+    assert outputs.input_names() == ["labels", "subset"]
     assert model.load_input_example(str(folder)).columns.tolist() == ["flair", "t1", "t1ce", "t2"]
     requirements = (folder / "requirements.txt").read_text().split()
     assert f"mstkd=={mstkd.__version__}" in requirements and not [line for line in requirements if "/" in line or "+" in line or "@" in line]
@@ -145,8 +147,8 @@ def test_its_own_example_is_answered_and_an_exported_folder_is_the_same_model(ru
 
 
 def test_what_cannot_be_served_is_said_before_anything_is_scored(run, tmp_path):
-    with pytest.raises(ValueError, match="tracking.register needs tracking.log_model=true"):
-        RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()) | {"tracking": {"register": "unet"}})
+    with pytest.raises(ValueError, match="tracking.register_as needs tracking.log_model=true"):
+        RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()) | {"tracking": {"register_as": "unet"}})
     record = (run / "record.json").read_text()
     try:
         (run / "record.json").write_text(record.replace('"phantom"', '"mine"'))

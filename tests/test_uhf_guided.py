@@ -236,7 +236,7 @@ def test_what_teacher_and_keeper_paint_is_measured(trained, shards):
 
 def test_what_is_exported_and_predicted_needs_the_low_field_image_alone(trained, shards, tmp_path):
     runs, _ = trained
-    export(runs / "scans", tmp_path / "out")
+    export(runs / "scans", tmp_path / "out", spec=str(shards / "scans.yaml"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"student.safetensors", "keeper.safetensors", "mstkd.json"}
     assert json.loads((tmp_path / "out/mstkd.json").read_text())["companions"] == ["keeper"]
     case = tmp_path / "new/Phantom7T_0006"

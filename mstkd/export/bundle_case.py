@@ -46,10 +46,11 @@ def predict_case(network, facts, images, device="cpu"):
     for channel, name in enumerate(facts["sequences"]):
         if name in given:
             image[channel] = _normalised(volumes[name][box], inside, pads, facts["intensity"])
-    logits = _logits(network, torch.from_numpy(image)[None].to(device), torch.tensor([[name in given for name in facts["sequences"]]], device=device), facts)
+    available = torch.tensor([[name in given for name in facts["sequences"]]], device=device)
+    logits = _logits(network, torch.from_numpy(image)[None].to(device), available, facts)
     inner = tuple(slice(before, before + size) for (before, _), size in zip(pads, inside.shape))
     whole = np.zeros(brain.shape, np.uint8)
-    whole[box] = network.labels(logits[..., inner[0], inner[1], inner[2]].cpu())[0].numpy()
+    whole[box] = network.labels(logits[..., inner[0], inner[1], inner[2]])[0].numpy()
     there = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.io_orientation(first.affine))
     return np.ascontiguousarray(nib.orientations.apply_orientation(whole, there))
 

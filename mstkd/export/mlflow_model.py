@@ -65,7 +65,8 @@ class Served:
 
     def predict(self, model_input: pd.DataFrame, params: dict | None = None) -> pd.DataFrame:
         """Per row: `labels`, a .nii.gz as base64 text, and `subset`. Raises UserError as `LoadedModel.predict`, or where a text is no file."""
-        return pd.DataFrame([self._case({name: text for name, text in row.items() if isinstance(text, str) and text}) for row in model_input.to_dict("records")])
+        rows = [{name: text for name, text in row.items() if isinstance(text, str) and text} for row in model_input.to_dict("records")]
+        return pd.DataFrame([self._case(row) for row in rows])
 
     def _case(self, texts: dict[str, str]) -> dict[str, str]:
         with TemporaryDirectory() as scratch:

@@ -42,8 +42,8 @@ class BundleNetwork(nn.Module):
 
     @torch.jit.export
     def labels(self, logits: Tensor) -> Tensor:
-        """Label maps (B, X, Y, Z) uint8 of logits (B, K, X, Y, Z) of any size."""
-        return self.rule(logits)
+        """Label maps (B, X, Y, Z) uint8, in host memory, of logits (B, K, X, Y, Z) of any size."""
+        return self.rule(logits.cpu())
 
 
 def write_bundle(run: TrainedRun, facts: StudentFacts, folder: Path) -> None:
@@ -59,7 +59,7 @@ def write_bundle(run: TrainedRun, facts: StudentFacts, folder: Path) -> None:
     torch.save(network.state_dict(), folder / "models" / "model.pt")
     write_facts(facts, folder / "configs")
     _write_json(_metadata(facts, logits), folder / "configs" / "metadata.json")
-    _write_json(INFERENCE | {"sequences": list(facts.sequences)}, folder / "configs" / "inference.json")
+    _write_json(INFERENCE, folder / "configs" / "inference.json")
     shutil.copyfile(bundle_case.__file__, folder / "scripts" / "case.py")
     (folder / "scripts" / "__init__.py").touch()
     (folder / "docs" / "README.md").write_text(README.format(**_words(facts)))
@@ -111,7 +111,7 @@ def _metadata(facts: StudentFacts, logits: Tensor) -> dict:
     low, high = facts.intensity.interval
     value_range = [-10.0, 10.0] if facts.intensity.kind == "zscore" else [low, high]
     names = {str(channel): name for channel, name in enumerate(facts.sequences)}
-    tensor = {"type": "image", "spatial_shape": list(facts.window), "is_patch_data": True}
+    tensor = {"type": "image", "spatial_shape": list(facts.window), "is_patch_data": True, "dtype": "float32"}
     return {
         "schema": SCHEMA,
         "version": "0.1.0",
@@ -126,11 +126,11 @@ def _metadata(facts: StudentFacts, logits: Tensor) -> dict:
         "copyright": UNKNOWN,
         "data_type": "nibabel",
         "image_classes": f"channels {', '.join(facts.sequences)}, normalised as configs/{FACTS} says; what is missing holds {facts.hidden_value:g}",
-        "label_classes": ", ".join(f"{region}: {values}" for region, values in facts.label_scheme.model_dump(mode="json")["regions"].items()),
+        "label_classes": _regions(facts),
         "intended_use": "Research; not a medical device",
         "network_data_format": {
-            "inputs": {"image": {**tensor, "format": "magnitude", "num_channels": len(names), "dtype": "float32", "value_range": value_range, "channel_def": names}},
-            "outputs": {"pred": {**tensor, "format": "segmentation", "num_channels": logits.shape[1], "dtype": "float32", "value_range": []}},
+            "inputs": {"image": {**tensor, "format": "magnitude", "num_channels": len(names), "value_range": value_range, "channel_def": names}},
+            "outputs": {"pred": {**tensor, "format": "segmentation", "num_channels": logits.shape[1], "value_range": []}},
         },
     }  # fmt: skip
 
@@ -152,7 +152,7 @@ Segments brain MR images with any subset of {sequences}; trained on {dataset} by
 Input: a folder per case with skull-stripped NIfTI files on one grid (background 0), named {files}; those that are missing are left out.
 
     cd BUNDLE
-    PYTHONPATH=. python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json --dataset_dir CASES --output_dir LABELS
+    python -m monai.bundle run --config_file configs/inference.json --meta_file configs/metadata.json --dataset_dir CASES --output_dir LABELS
 
 Label maps have the grid of the case's first file and the values of scheme {scheme}: {values}.
 
@@ -173,9 +173,13 @@ def _words(facts: StudentFacts) -> dict[str, str]:
     return {
         "network": facts.network, "method": facts.method["name"], "dataset": facts.dataset, "mstkd": facts.mstkd, "sequences": ", ".join(facts.sequences),
         "files": ", ".join(f"`{name}.nii.gz`" for name in facts.sequences), "scheme": facts.label_scheme.name,
-        "values": ", ".join(f"{region} {values}" for region, values in facts.label_scheme.model_dump(mode="json")["regions"].items()),
+        "values": _regions(facts),
         "window": " x ".join(map(str, facts.window)), "count": len(facts.sequences),
     }  # fmt: skip
+
+
+def _regions(facts: StudentFacts) -> str:
+    return ", ".join(f"{region} {list(values)}" for region, values in facts.label_scheme.regions.items())
 
 
 def _write_json(content: dict, path: Path) -> None:

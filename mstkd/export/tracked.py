@@ -15,12 +15,13 @@ def check_model(run: TrainedRun) -> None:
     if not run.config.tracking.log_model:
         return
     if run.method.task != "segmentation":
-        raise UserError(f"tracking.log_model: a served model draws label maps, and {run.config.method['name']} is for {run.method.task}; set it to false")
+        name = run.config.method["name"]
+        raise UserError(f"tracking.log_model: a served model draws label maps, and {name} is for {run.method.task}; set it to false")
     dataset_of(run, None)
 
 
 def log_model(run: TrainedRun, tracker: Tracker) -> None:
-    """If it is asked for; registered under `tracking.register`, if that is given."""
+    """If it is asked for; registered under `tracking.register_as`, if that is given."""
     if not run.config.tracking.log_model:
         return
     from mstkd.export.mlflow_model import write_model  # MLflow takes seconds to import
@@ -28,4 +29,4 @@ def log_model(run: TrainedRun, tracker: Tracker) -> None:
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_model(run, facts_of(run, dataset_of(run, None)), folder)
-        tracker.log_model(folder, run.networks[0], run.config.tracking.register)
+        tracker.log_model(folder, run.networks[0], run.config.tracking.register_as)

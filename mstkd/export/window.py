@@ -10,7 +10,7 @@ from mstkd.methods import Method
 from mstkd.models.symmetric import symmetric_form
 from mstkd.subsets import Subset, all_subsets, possible_subsets
 
-TOLERANCE = 1e-3  # of a graph's logits, relative to their largest one
+TOLERANCE = 1e-2  # of a graph's logits, relative to their largest one: rounding stays far below, another computation far above
 
 
 class WindowNetwork(nn.Module):

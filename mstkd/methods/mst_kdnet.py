@@ -220,14 +220,14 @@ class MSTKDNet(Method):
     def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
         return self.channels.probabilities(logits)
 
-    def _hidden(self, image: Tensor) -> Tensor:
+    def _hidden(self, image: Tensor) -> Tensor | float:
         """What hidden sequences hold; noise is the same in every call, so that a prediction can be repeated."""
         if self.config.missing_fill == "noise":
             if symmetric():
                 raise UserError("method.missing_fill noise: a graph holds no noise; export this run with --format safetensors")
             generator = torch.Generator().manual_seed(0)
             return torch.randn(image.shape, generator=generator).to(image)
-        return torch.full_like(image, self.config.intensity.hidden_value)
+        return self.config.intensity.hidden_value
 
 
 def build_trunk(config: TrunkConfig, facts: DataFacts, channels: TumourChannels) -> MSTKDNetwork:

@@ -69,7 +69,7 @@ class MMFormer(nn.Module):
         there is: ranks stay in step. In evaluation only the available ones are encoded, but in a graph (`symmetric`).
         """
         shown = available if present is None else present
-        image = torch.where(shown[:, :, None, None, None], image, torch.zeros_like(image))
+        image = torch.where(shown[:, :, None, None, None], image, 0.0)
         encoded = self._encode(image, shown)
         *skips, deep = self._fused(encoded, available)
         logits, states = self.decoder(deep, skips)
@@ -96,7 +96,7 @@ class MMFormer(nn.Module):
         def joined(features: dict[str, Tensor]) -> Tensor:
             # where, not multiplication: what a hidden sequence holds must not pass as NaN
             visible = (available[:, index[name]].view(-1, *[1] * (features[name].ndim - 1)) for name in self.joined)
-            return torch.cat([torch.where(v, features[n], torch.zeros_like(features[n])) for n, v in zip(self.joined, visible, strict=True)], 1)
+            return torch.cat([torch.where(v, features[n], 0.0) for n, v in zip(self.joined, visible, strict=True)], 1)
 
         maps = [joined({name: one.maps[level] for name, one in encoded.items()}) for level in range(LEVELS - 1)]
         grid = tuple(next(iter(encoded.values())).maps[-1].shape[2:])

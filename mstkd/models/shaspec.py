@@ -86,13 +86,13 @@ class ShaSpecNetwork(nn.Module):
 
     def _whole(self, image: Tensor, available: Tensor) -> ShaSpecOutput:
         """The same logits in evaluation, with every sequence encoded, hidden ones as zeros; the N are all pairs of sample and sequence."""
-        volumes = torch.where(available[:, :, None, None, None], image, torch.zeros_like(image)).flatten(0, 1)[:, None]
+        volumes = torch.where(available[:, :, None, None, None], image, 0.0).flatten(0, 1)[:, None]
         shared = self.shared(volumes)
         own = [encoder(volumes.unflatten(0, available.shape)[:, m]) for m, encoder in enumerate(self.specific)]
         specific, pooled = (torch.stack([getattr(one, name) for one in own], 1).flatten(0, 1) for name in ("feature", "pooled"))
         residual = shared.feature + self.project(torch.cat([shared.feature, specific], 1))
         fused = filled_by_mask(residual, available, shared.feature, self.generated)
-        kept = torch.ones_like(available) if self.skip_fill == "reference" else available
+        kept = available | ~available if self.skip_fill == "reference" else available
         logits = self.decoder(fused.flatten(1, 2), [filled_by_mask(skip, kept, skip).flatten(1, 2) for skip in shared.skips])
         return ShaSpecOutput(logits, shared.feature, specific, self.domain(pooled), fused, [])
 
@@ -268,7 +268,7 @@ def filled_by_mask(values: Tensor, available: Tensor, sources: Tensor, rule: Lit
     values, sources = (stack.unflatten(0, available.shape) for stack in (values, sources))
     given = available.reshape(*available.shape, *[1] * (values.ndim - 2))
     counted = given if rule == "mean" else given & (given.cumsum(1) == 1)
-    stand_in = torch.where(counted, sources, torch.zeros_like(sources)).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
+    stand_in = torch.where(counted, sources, 0.0).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
     return torch.where(given, values, stand_in)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mstkd.losses.precision import full_precision
+from mstkd.models.symmetric import symmetric
 from mstkd.models.uhf_layers import LEVELS, Block, Halving, channels_of, convolution, initialise, resize
 
 KERNEL = 7
@@ -56,19 +57,19 @@ class PixelRelation(nn.Module):
         to_mean, to_peak = ((flat * one).sum(1) for one in (flat.mean(2, keepdim=True), peak))
         score = self.one * to_mean + self.zero * to_peak * self._nearness(strongest, x.shape[2:])
         score = (score - score.mean(1, keepdim=True)) / (score.var(1, correction=0, keepdim=True) + EPSILON).sqrt()
-        return torch.sigmoid(self.weight * score + self.bias).reshape(len(x), 1, *x.shape[2:])
+        return torch.sigmoid(self.weight * score + self.bias).reshape(x.shape[0], 1, *x.shape[2:])
 
     def _nearness(self, place: Tensor, size: Sequence[int]) -> Tensor:
         """(B, N): for voxels `place` (B,), numbered as in a flattened map, the mean over the axes of N(0, scale)'s density of theta |distance|."""
         spread, total = self.scale.abs() + EPSILON, 0.0
         for axis, length in enumerate(size):
-            position = torch.arange(length, device=place.device)
+            position = torch.arange(length).type_as(place) if symmetric() else torch.arange(length, device=place.device)
             stride = math.prod(size[axis + 1 :])
             distance = self.theta[axis] * (position - (place // stride % length)[:, None]).abs()
             density = torch.exp(-0.5 * (distance / spread).square()) / (spread * math.sqrt(2 * math.pi))
-            shape = [len(place), *(length if other == axis else 1 for other in range(len(size)))]
+            shape = [place.shape[0], *(length if other == axis else 1 for other in range(len(size)))]
             total = total + density.reshape(shape)
-        return (total / len(size)).expand(len(place), *size).flatten(1)
+        return (total / len(size)).expand(place.shape[0], *size).flatten(1)
 
 
 class Guide(nn.Module):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from mstkd.models.symmetric import symmetric
+
 AXES = {"axial": 4, "coronal": 3, "sagittal": 2}  # of a volume (B, C, X, Y, Z): what the plane's slices are counted along
 TOGETHER = 16  # slices of a volume that a network is given at once
 
@@ -39,5 +41,6 @@ def slice_by_slice(network: Callable[[Tensor], Tensor], volume: Tensor, plane: s
     """What `network`, (n, C, h, w) to (n, K, h, w), makes of every slice of a volume (B, C, X, Y, Z), as (B, K, X, Y, Z)."""
     axis = AXES[plane]
     slices = volume.movedim(axis, 1)  # (B, n, C, h, w)
-    made = torch.cat([network(part) for part in slices.flatten(0, 1).split(TOGETHER)])
+    flat = slices.flatten(0, 1)
+    made = network(flat) if symmetric() else torch.cat([network(part) for part in flat.split(TOGETHER)])  # a graph has no number of parts
     return made.unflatten(0, slices.shape[:2]).movedim(1, axis)
