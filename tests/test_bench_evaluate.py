@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from nibabel.affines import voxel_sizes
+from scipy import ndimage
 from small_mst_kdnet import NETWORK
 from trained_run import make_run
 
@@ -16,6 +17,7 @@ from mstkd.bench import straightforward
 from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row, diagonal_mm
 from mstkd.evaluate.inference import evaluation_mode
+from mstkd.evaluate.metrics import Reference
 from mstkd.evaluate.scoring import Score
 
 COMMAND = [sys.executable, "-c", "from mstkd.launch.cli import main; main()", "bench", "evaluate"]
@@ -68,12 +70,24 @@ def test_the_network_is_really_run(generated):
 
 
 def test_figures_that_differ_end_it():
-    row = Row("student", "a", "flair", "WT", Score(0.5, 9, 9, 4.0))
-    same = {((True, False), "WT"): (0.5, 4.0)}
-    assert bench.largest_difference(same, [row], ("flair", "t1")) == 0
+    row, subset = Row("student", "a", "flair", "WT", Score(0.5, 9, 9, 4.0)), (True, False)
+
+    def difference(dice, hd95_mm, in_double=9.0):
+        return bench.largest_difference({(subset, "WT"): (dice, hd95_mm)}, [row], ("flair", "t1"), lambda *_: in_double)
+
+    assert difference(0.5, 4.0) == 0 and difference(0.5, 4 + 2e-6) == pytest.approx(5e-7)
+    assert difference(0.5, 4.0001, in_double=4.0) == 0  # single precision was at fault
     with pytest.raises(UserError, match="HD95 of WT given flair is 4 here and 4.1 by MONAI"):
-        bench.largest_difference({((True, False), "WT"): (0.5, 4.1)}, [row], ("flair", "t1"))
-    assert bench.largest_difference(same, [replace(row, score=replace(row.score, hd95_mm=4 + 2e-6))], ("flair", "t1")) == pytest.approx(5e-7)
+        difference(0.5, 4.1, in_double=4.1)
+    with pytest.raises(UserError, match="Dice of WT given flair is 0.5 here and 0.50001 by MONAI"):
+        difference(0.50001, 4.0)
+
+
+def test_monais_distances_in_double_precision_are_ours(generated):
+    sample, rng = generated.source.subject(generated.subjects[0]), np.random.default_rng(0)
+    truth, prediction = (ndimage.gaussian_filter(rng.random(sample.meta.original_shape), 2) > 0.5 for _ in range(2))
+    exact = straightforward.hd95_in_double_mm(prediction, truth, sample.meta)
+    assert Reference(truth, tuple(voxel_sizes(np.array(sample.meta.original_affine))), 1.0).hd95_mm(prediction) == pytest.approx(exact, rel=1e-7)
 
 
 def test_a_trained_run_is_measured_on_its_test_split(tmp_path):
