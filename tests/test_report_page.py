@@ -114,8 +114,9 @@ def test_the_page_is_one_file_without_what_identifies(run, html):
 def test_heat_maps_hold_the_figures_of_the_summary(run, html):
     student, teacher = (json.loads((run / "evaluation" / name).read_text()) for name in ("summary.json", "summary_teacher.json"))
     maps = [table for table in Tables(html).tables if table[-1][0] == "mean"]
-    assert len(maps) == 4  # Dice and HD95, each over all cases and over those that have the region
-    for table, key, factor in zip(maps, ("dice", "hd95_mm", "dice_nonempty", "hd95_nonempty_mm"), (100, 1, 100, 1), strict=True):
+    assert len(maps) == 6  # Dice and HD95, each over all cases, over those that have the region, and by lesion
+    keys = ("dice", "hd95_mm", "dice_nonempty", "hd95_nonempty_mm", "lesion_dice", "lesion_hd95_mm")
+    for table, key, factor in zip(maps, keys, (100, 1) * 3, strict=True):
         assert table[0] == ["given sequences", "WT", "TC", "ET"] and table[1] == ["student", "teacher"] * 3
         rows = {**{name.replace("+", ", "): name for name in student["subsets"]}, "mean": "mean"}
         assert [row[0] for row in table[2:]] == list(rows)
