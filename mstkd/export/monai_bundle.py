@@ -92,7 +92,7 @@ def _scripted(run: TrainedRun, facts: StudentFacts) -> tuple[torch.jit.ScriptMod
         if not torch.equal(network.labels(logits), method.to_labels(logits)):
             raise UserError("model.ts draws other labels than torch; nothing was written")
     found = checked(method, facts.network, image, tried_subsets(method, facts.sequences), network)
-    Console().print(f"model.ts: {found}", highlight=False)
+    Console().print(f"model.ts: {found}", highlight=False, soft_wrap=True)
     return network, logits
 
 

@@ -43,7 +43,7 @@ def write_onnx(run: TrainedRun, facts: StudentFacts, folder: Path) -> None:
     if not torch.equal(runner(folder / LABELS)(logits), method.to_labels(logits)):
         raise UserError(f"{LABELS}: ONNX Runtime draws other labels than torch; nothing was written")
     write_facts(facts, folder)
-    Console().print(f"{name}.onnx: {found}", highlight=False)
+    Console().print(f"{name}.onnx: {found}", highlight=False, soft_wrap=True)
 
 
 def graph_of(module: nn.Module, inputs: dict[str, Tensor], sizes: dict[str, dict[int, str]], output: str):
