@@ -7,7 +7,7 @@ import shutil
 import pytest
 import yaml
 from small_synthesis import SINGLE, read, write
-from trained_run import make_run
+from trained_run import make_run, write_run
 
 from mstkd.compare.run import compare
 from mstkd.compare.runs import evaluated_since, read_run
@@ -76,10 +76,13 @@ def test_both_ways_of_segmenting_stand_in_one_table(root, tmp_path):
     toy = root / "toy"
     evaluate_run(toy)
     evaluate_run(toy, complete=root / "copying")
+    evaluate_run(write_run(root.parent, "other", {"name": "toys.two_stage"}))
     found = compare([toy, toy / "evaluation" / "shards-test-copying"], tmp_path / "out")
     assert list(found.arms) == ["toys.linear", "toys.linear complete=copying"]
     assert found.patterns[:4] == ("flair", "t1", "t1ce", "t2") and "flair+t1+t1ce+t2" in found.patterns
     assert any(note.startswith("completed: every subset was completed by toys.copying") for note in found.arms["toys.linear complete=copying"].notes)
+    alone = compare([root / "other", toy / "evaluation" / "shards-test-copying"], tmp_path / "alone")
+    assert list(alone.arms) == ["toys.two_stage", "toys.linear complete=copying"]  # though no arm of its method is without
     shown = read_run(toy / "evaluation" / "shards-test-copying")
     assert shown.config.evaluate.complete == str(root / "copying") and shown.trained == toy
 

@@ -6,7 +6,7 @@ Beside the arms stand references, which are not ranked: oracles, and the copy of
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePath
@@ -25,7 +25,8 @@ from mstkd.run_folder import FREE, leaves
 OWN_SUBSET = "method.subset"  # of a method with one run per subset
 # What does not make another arm: the seed, names, and what may change within one run. Another way of predicting does.
 IGNORED = ({*FREE} | {"name", "seed"}) - {"inference", "teacher.path"}  # all of `evaluate` but what completes the input
-PATHS = ("teacher.path", "init_from", "evaluate.complete")
+COMPLETED = "evaluate.complete"
+PATHS = ("teacher.path", "init_from", COMPLETED)
 LABEL_KEYS = 2  # more differing keys than that: the run's own name is the shorter label
 
 
@@ -198,7 +199,8 @@ def _labels(arms: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
         differing = _differing(settings)
         for number, own in zip(numbers, settings, strict=True):
             changed = [key for key in differing if own.get(key) != settings[0].get(key)]
-            labels[number] = " ".join([method, *(f"{_short(key, differing)}={_value(own.get(key))}" for key in changed)])
+            changed += [COMPLETED] * (own.get(COMPLETED) is not None and COMPLETED not in changed)  # a figure of completed input never passes for another
+            labels[number] = " ".join([method, *(f"{_short(key, {*differing, *changed})}={_value(own.get(key))}" for key in changed)])
         names = [{without_seed(run.name, run.config.seed) for run in arms[number]} for number in numbers]
         telling = all(len(one) == 1 for one in names) and len(set().union(*names)) == len(names)
         if telling and len(differing) > LABEL_KEYS:
@@ -207,7 +209,7 @@ def _labels(arms: Sequence[Sequence[EvaluatedRun]]) -> list[str]:
     return labels if len({*labels}) == len(labels) else [f"{label} ({number})" for number, label in enumerate(labels, 1)]
 
 
-def _short(key: str, keys: Sequence[str]) -> str:
+def _short(key: str, keys: Collection[str]) -> str:
     """The last word of a dotted key, if no other key ends in it."""
     last = key.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
