@@ -14,7 +14,7 @@ from mstkd.losses.completion import completion_errors
 from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.methods._translation import TanhIntensity
-from mstkd.methods.m2dn import given_subsets, missing_of
+from mstkd.methods.m2dn import SliceCompletion, given_subsets, missing_of
 
 
 class RegressionConfig(Section):
@@ -72,12 +72,15 @@ class VoxelRegression(Method):
     def availability(self, stage: str) -> AvailabilityConfig:
         return AvailabilityConfig(kind="proper")
 
+    check_available = SliceCompletion.check_available
+
     def roles(self, stage: str) -> dict[str, Role]:
         step = RegressionStep(self.networks["student"], self.intensity.hidden_value)
         return {"student": Role(step, ("student",), optimizer=OptimizerConfig(name="adam", lr=1e-2))}
 
     @torch.no_grad()
     def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
+        self.check_available(available)
         background = self.intensity.hidden_value
         with full_precision(image):
             made = self.networks[network](image.float() - background, available) + background
