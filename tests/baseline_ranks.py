@@ -3,7 +3,7 @@
 import torch
 
 from mstkd.batch import Batch, Progress
-from mstkd.config import AvailabilityConfig, TrainConfig, load_config
+from mstkd.config import AvailabilityConfig, RunConfig, TrainConfig, load_config
 from mstkd.data.availability import Availability
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine
@@ -16,19 +16,24 @@ from mstkd.shards.spec import LABEL_SCHEMES
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
 START = Progress(step=0, epoch=0, total_steps=10, total_epochs=100)
 STEPS = 2
+RECIPES = {"uhf_guided": "uhf", "uhf_guided_2d": "uhf_2d"}  # where a recipe is not called as its method is
 WIDE = ("shaspec",)  # on a map of two voxels every channel's mean is the same, and the norm of its global context sees rounding alone
 
 
+def phantom(name: str) -> RunConfig:
+    return load_config(f"{RECIPES.get(name, name)}_phantom")
+
+
 def small(name: str, sequences: tuple[str, ...] = SEQUENCES, **changes) -> Method:
-    """The method of the recipe <name>_phantom, with the same weights each time."""
-    config = load_config(f"{name}_phantom")
+    """The method of its phantom recipe, with the same weights each time."""
+    config = phantom(name)
     torch.manual_seed(0)
     return build(config.method | changes, DataFacts(sequences, LABEL_SCHEMES["brats2018"], crop_of(name)), config.origin)
 
 
 def crop_of(name: str) -> tuple[int, int, int]:
     """The smallest one that the method takes, else its recipe's."""
-    config = load_config(f"{name}_phantom")
+    config = phantom(name)
     if name in WIDE:
         return config.data.crop
     for crop in ((16, 16, 16), (32, 16, 16), (32, 32, 32)):

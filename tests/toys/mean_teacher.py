@@ -7,7 +7,7 @@ from toys.co_trained import CoTrained, network
 
 from mstkd.batch import StepOutput
 from mstkd.config import OptimizerConfig, Section
-from mstkd.methods import Role, RoleStep
+from mstkd.methods import Method, Role, RoleStep
 
 
 class Step(RoleStep):
@@ -30,6 +30,8 @@ class MeanTeacher(CoTrained):
         nan_at: list[int] = []
         ramp: tuple[int, int] = (0, 1)
         batch_norm: bool = False  # its running statistics, and so the teacher's outputs, depend on the rank count
+
+    check_available = Method.check_available
 
     def __init__(self, config, facts):
         self.config, self.facts = config, facts
