@@ -4,15 +4,17 @@ Only light modules are imported here; each command imports what it needs, so tha
 """
 
 import errno
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Column, Table
 
 from mstkd.config import load_config
 from mstkd.errors import TrainingError, UserError
+from mstkd.launch.arguments import Overrides, RecipeName
 from mstkd.launch.bench_cli import bench
 from mstkd.launch.compare_cli import compare
 from mstkd.launch.mlflow_cli import mlflow
@@ -27,7 +29,6 @@ INTERRUPTED = 130  # the shell's code for Ctrl-C
 
 app = typer.Typer(
     help="Distil a teacher that sees every MR sequence into a student that works with any subset.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(shards, name="shards")
@@ -59,8 +60,8 @@ def main() -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe or a path ending in .yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dotted recipe keys to change.")] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
 ) -> None:
     """Train one recipe: one process, or as many as the launcher started.
 
@@ -74,8 +75,8 @@ def train(
 
 @app.command()
 def submit(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe or a path ending in .yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dotted recipe keys to change.")] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     cluster: Annotated[str, typer.Option(help="A cluster by name, or a YAML file.")] = ...,
     nodes: Annotated[int | None, typer.Option(help="Instead of the cluster file's.", min=1)] = None,
     stages: Annotated[str | None, typer.Option(help="One job per stage, each after the one before: A,B or all. Default: one job.")] = None,
@@ -213,7 +214,7 @@ def export(
 @app.command()
 def methods() -> None:
     """List the methods that a recipe can name. Parameters: with default settings for four sequences (where they depend on
-    the crop, 160 x 192 x 128, or slices of 128 x 128), of all networks and of the one that evaluation reports first.
+    the crop, 160 x 192 x 128, or slices of 128 x 128; digits in two views), of all networks and of the one that evaluation reports first.
 
     Example: mstkd methods
     """
@@ -224,7 +225,7 @@ def methods() -> None:
     name, stages = (Column(title, no_wrap=True) for title in ("method", "stages"))
     table = Table(name, "task", stages, Column("paper", max_width=16), parameters, "what is reproduced")
     for entry in listed:
-        table.add_row(entry.name, entry.task, "\n".join(entry.stages), entry.paper, _parameters(entry), entry.reproduces)
+        table.add_row(entry.name, entry.task, "\n".join(entry.stages), entry.paper, entry.millions.replace(" (", "\n("), entry.reproduces)
     print_table(table)
     for entry in listed:
         if entry.problem:
@@ -255,14 +256,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _parameters(entry: Any) -> str:
-    """In millions: all networks, and below it the one that is reported."""
-    if entry.parameters is None:
-        return "-"
-    whole, student = (f"{count / 1e6:.2f} M" for count in (entry.parameters, entry.student or entry.parameters))
-    return whole if whole == student else f"{whole}\n({student})"
-
-
 def _fail(message: str, exit_code: int = 2) -> None:
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    red = None if os.environ.get("NO_COLOR") else typer.colors.RED
+    typer.secho(f"error: {message}", fg=red, err=True)
     sys.exit(exit_code)

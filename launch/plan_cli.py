@@ -8,6 +8,7 @@ from rich.table import Table
 
 from mstkd.config import load_config
 from mstkd.errors import UserError
+from mstkd.launch.arguments import Overrides, RecipeName
 from mstkd.launch.shards_cli import print_table
 
 PARTS = {
@@ -17,8 +18,8 @@ PARTS = {
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A packaged recipe or a path ending in .yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dotted recipe keys to change.")] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(help="Ranks: nodes times GPUs per node.", min=1)] = 1,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything, in bytes, as JSON.")] = None,
 ) -> None:

@@ -5,6 +5,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -34,10 +36,13 @@ RunOrJob = Annotated[str, typer.Argument(metavar="RUN_OR_JOB", help="A run's fol
 def status(
     words: Annotated[list[str] | None, typer.Argument(metavar="RUN_OR_JOB", help="Runs, sweeps or job ids. Default: all runs.")] = None,
     runs_dir: RunsDir = Path("runs"),
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a list of runs as JSON instead; - for stdout.")] = None,
 ) -> None:
     """Show what runs are doing: state, jobs, progress, attempts, last sign of life.
 
     Example: mstkd status
+
+    Example: mstkd status --json - | jq -r '.[] | select(.state == "failed") | .reason'
 
     Example: mstkd status mst_kdnet_phantom 4711 --runs-dir runs
     """
@@ -45,11 +50,14 @@ def status(
     run_dirs = [run_dir for target in targets if target.sweep is None for run_dir in target.run_dirs]
     run_dirs = list(dict.fromkeys(run_dirs)) if targets else sorted(runs_below(runs_dir), key=_last_change)
     members = {target.word: ranked(target.sweep) for target in targets if target.sweep}
-    if not run_dirs and not members:
-        typer.echo(f"no runs in {runs_dir}")
-        return
     everything = list(dict.fromkeys([*run_dirs, *(member.run_dir for ranking in members.values() for member in ranking)]))
     found, note = statuses(everything)
+    if json is not None:
+        _write_json(found, json)
+        return
+    if not everything:
+        typer.echo(f"no runs in {runs_dir}")
+        return
     by_run = dict(zip(everything, found, strict=True))
     if run_dirs:
         _print_runs([by_run[run_dir] for run_dir in run_dirs])
@@ -121,6 +129,12 @@ def cancel(
 
 
 # status
+
+
+def _write_json(found: list[RunStatus], file: Path) -> None:
+    runs = [{**asdict(run), "run_dir": str(run.run_dir), "name": run.run_dir.name} for run in found]
+    text = dumps(runs, indent=1)
+    typer.echo(text) if str(file) == "-" else file.write_text(text + "\n")
 
 
 def _print_runs(found: list[RunStatus]) -> None:

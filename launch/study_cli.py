@@ -1,13 +1,13 @@
 """`mstkd study`: several arms, several seeds, one comparison."""
 
-from typing import Annotated
-
 import typer
+
+from mstkd.launch.arguments import Overrides, StudyName
 
 
 def study(
-    recipe: Annotated[str, typer.Argument(metavar="STUDY", help="A packaged study or a path ending in .yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dotted keys to change.")] = None,
+    recipe: StudyName,
+    overrides: Overrides = None,
 ) -> None:
     """Run a study: make its cohort, tune every arm alike, train and evaluate each arm with each seed, and compare.
 

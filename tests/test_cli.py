@@ -1,5 +1,7 @@
 """The command line: what each command says, and that every failure is one line with the right exit code."""
 
+import os
+import pty
 import re
 import socket
 import subprocess
@@ -177,3 +179,24 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     done = mstkd("shards", "phantom", "--out", "file/nifti", "--subjects", "1", "--size", "32", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "file" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("mstkd ev", {"evaluate"}), ("mstkd shards b", {"build"}), ("mstkd train utad_net_p", {"utad_net_phantom"}),
+     ("mstkd study study_p", {"study_phantom"}), ("mstkd export runs/a --form", {"--format"})],
+)  # fmt: skip
+def test_a_shell_completes_commands_options_and_packaged_recipes(typed, offered):
+    words = {"_MSTKD_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    done = subprocess.run([MSTKD], env=os.environ | words, capture_output=True, text=True, timeout=300)
+    assert set(done.stdout.split()) == offered and done.returncode == 0
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_no_color_is_respected_on_a_terminal(no_color, coloured):
+    ours, theirs = pty.openpty()
+    env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | ({"NO_COLOR": no_color} if no_color else {})
+    for words in (("train",), ("methods", "--help")):
+        subprocess.run([MSTKD, *words], env=env | {"TERM": "xterm-256color"}, stdout=theirs, stderr=theirs, timeout=300)
+        shown = os.read(ours, 65536).decode()
+        assert shown.strip() and (re.search(r"\x1b\[[0-9;]*3[0-7]m", shown) is not None) == coloured, shown

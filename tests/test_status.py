@@ -159,9 +159,19 @@ def test_the_table_shows_what_is_known_and_no_empty_column(runs, no_slurm):
     assert mstkd("status", "toy", runs=runs).stdout.count("toy") == 1
 
 
+def test_machines_get_the_same_as_json(runs, no_slurm, tmp_path):
+    begin(make_run(runs, "toy"))
+    (run,) = json.loads(mstkd("status", "--json", "-", runs=runs).stdout)
+    assert (run["name"], run["state"], run["stage"], run["step"], run["total_steps"]) == ("toy", "running", "distill", 30, 100)
+    done = mstkd("status", "--json", str(tmp_path / "status.json"), runs=runs)
+    (written,) = json.loads((tmp_path / "status.json").read_text())
+    assert done.stdout == "" and written.keys() == run.keys() and written["run_dir"] == str(runs / "toy")
+
+
 def test_no_run_is_said(runs):
     shown = mstkd("status", runs=runs)
     assert shown.returncode == 0 and shown.stdout == f"no runs in {runs}\n"
+    assert json.loads(mstkd("status", "--json", "-", runs=runs).stdout) == []
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel"])
