@@ -49,8 +49,8 @@ def prepare(config: Path, src: Path, out: Path, workers: int = 1) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     console, programs, failures = Console(), Programs(), {}
     with _ends_on_sigterm(), ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_Subject(name, scans, plan, out, programs).run): name for name, scans in subjects.items()}
-        try:
+        try:  # from the first program on: a signal may come while the others are still being submitted
+            futures = {pool.submit(_Subject(name, scans, plan, out, programs).run): name for name, scans in subjects.items()}
             for number, future in enumerate(as_completed(futures), 1):
                 name = futures[future]
                 try:
