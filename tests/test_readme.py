@@ -32,7 +32,7 @@ HEREDOC = re.compile(r"<<'(\w+)'\n.*?^\1$", re.S | re.M)
 LITTLE = ["data.workers=0", "train.global_batch=2", "validate.max_cases=1", "validate.every_steps=100", "checkpoint.every_steps=100"]
 SEGMENT = [*(word for word in TINY if "steps" not in word), "train.steps=1", "train.zero_stage=1", *LITTLE]
 UNETS = ["data.crop=[32,32,32]", "train.steps=1", "inference.overlap=0", *LITTLE]
-SLICES = ["data.slices.size=16", "train.steps=1", "train.micro_batch=2", "inference.batch=64", *LITTLE]
+SLICES = ["data.slices.size=16", "data.slices.min_brain=0.4", "train.steps=1", "train.micro_batch=2", "inference.batch=64", *LITTLE]
 SMALLER = {  # by recipe: the words that make it small
     "mst_kdnet_phantom": SEGMENT, "student_only_phantom": SEGMENT, "kd_phantom": UNETS, "monai_network_phantom": UNETS,
     "shaspec_phantom": ["data.crop=[32,32,32]", "method.network.width=4", "train.steps={complete: 1, missing: 1}", "method.warm_restart=1", "inference.overlap=0", *LITTLE],
