@@ -163,17 +163,11 @@ def prediction_figures(meter: Meter, turns: Sequence[Turn]) -> list[Figure]:
 
 
 def targets(figures: Sequence[Figure]) -> list[Target]:
-    """What is meant to be reached, beside what these figures say."""
+    """What is meant to be reached, beside what these figures say. In the same box mstkd runs MONAI's own function, so times are equal but for noise."""
     named = {entry.name: entry for entry in figures}
-
-    def beside(what: str, name: str) -> float | None:
-        return ratio(named[f"{OURS}: {what}"], named[f"{name}: {what}"])
-
     faster = ratio(named[f"{WHOLE}: inference"], named[f"{OURS}: inference"])
     return [
         Target("logits, largest difference in the same box", at_most=TOLERANCE, reached=named["largest difference of a logit"].median),
         Target("throughput, mstkd / MONAI on the whole file", at_least=1, reached=faster),
-        Target("throughput, mstkd / MONAI in the same box", at_least=1, reached=ratio(named[f"{BOX}: inference"], named[f"{OURS}: inference"])),
-        Target("peak memory, mstkd / MONAI on the whole file", at_most=1, reached=beside("peak memory", WHOLE)),
-        Target("peak memory, mstkd / MONAI in the same box", at_most=1, reached=beside("peak memory", BOX)),
+        Target("peak memory, mstkd / MONAI on the whole file", at_most=1, reached=ratio(named[f"{OURS}: peak memory"], named[f"{WHOLE}: peak memory"])),
     ]

@@ -89,7 +89,7 @@ def _predict(job: "Job", found: Found, subjects: Sequence[str]) -> list[Path]:
             for subject in subjects:
                 case = found.cases.get(subject)
                 states[subject] = job.predict(case) if case else job.refuse(subject, found.problems[subject])
-                tally(1, 0)
+                tally(1, _read_bytes(case) if states[subject] == "done" else 0)
     finally:
         noted = job.out.summarise(job.head | {"unchecked": job.unchecked}, found.subjects())
     done = [subject for subject, state in states.items() if state == "done"]
@@ -204,6 +204,10 @@ def _provenance(run: TrainedRun) -> dict[str, Any]:
     """What a run's predictions follow from, and nothing of where it lies."""
     config = run.config
     return {"name": config.name, "method": config.method["name"], "fold": config.data.fold, "seed": config.seed, "weights_sha256": run.identity()["weights"]}
+
+
+def _read_bytes(case: Case) -> int:
+    return sum(size for size, _ in sources_of((replace(case, label=None),), Path()).values())
 
 
 def _digest(case: Case) -> str:

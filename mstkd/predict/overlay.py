@@ -36,6 +36,7 @@ def draw_overlay(image: NDArray, labels: NDArray[np.uint8], scheme: LabelScheme,
             flat = oriented(mask, axis, position).astype(float)
             if flat.any():
                 axes.contour(flat, levels=[0.5], colors=[colours(scheme)[region][1]], linewidths=1.2)
+        axes.text(0.01, 0.5, "A" if axis == 0 else "R", color="white", fontsize=9, transform=axes.transAxes)  # anterior, the patient's right
         axes.set_title(plane, color="white", fontsize=10)
         axes.axis("off")
     figure.suptitle(title, color="white", fontsize=11)
