@@ -119,6 +119,12 @@ def test_what_changed_is_predicted_again_and_other_settings_are_refused(run, cas
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == SUBJECTS[2:4]
     after = read(out)
     assert after["cases"][SUBJECTS[2]]["subset"] == "flair+t1ce+t2" and {**after["cases"], SUBJECTS[2]: 0} == {**before["cases"], SUBJECTS[2]: 0}
+    scan(cases, SUBJECTS[2], "t2").write_bytes(b"no longer an image")
+    with pytest.raises(CasesFailedError, match=f"1 of 6 cases failed: {SUBJECTS[2]}"):
+        predict_folder(run, cases, out)
+    assert not (out / f"{SUBJECTS[2]}.nii.gz").exists()  # it was of other files
+    after = read(out)
+    assert list(after["failed"]) == [SUBJECTS[2]] and len(after["cases"]) == 5 and "5 of 6 cases lie there already" in capsys.readouterr().err
     for words, named in (
         ({"overrides": ["inference.overlap=0.25"]}, r"settings.inference.overlap 0.5, and now it is 0.25"),
         ({"beside": Beside(overlay=True)}, "settings.overlay False, and now it is True"),

@@ -83,10 +83,13 @@ def _opened(members: Sequence[Path], postprocess: str | None, overrides: Sequenc
 
 def _predict(job: "Job", found: Found, subjects: Sequence[str]) -> list[Path]:
     """The parts of `predict_folder` that take long; the label maps that lie there at the end."""
-    began, states = time.perf_counter(), {}
+    began = time.perf_counter()
+    states = {subject: "kept" for subject in subjects if subject in found.cases and job.lies_there(found.cases[subject], job.out.noted(subject))}
+    if states:
+        say(f"{len(states)} of {len(subjects)} cases lie there already")
     try:
-        with evaluation_mode(*job.predictor.methods), subject_progress(f"{job.out.folder.name}: predict", len(subjects)) as tally:
-            for subject in subjects:
+        with evaluation_mode(*job.predictor.methods), subject_progress(f"{job.out.folder.name}: predict", len(subjects), len(states)) as tally:
+            for subject in [subject for subject in subjects if subject not in states]:
                 case = found.cases.get(subject)
                 states[subject] = job.predict(case) if case else job.refuse(subject, found.problems[subject])
                 tally(1, _read_bytes(case) if states[subject] == "done" else 0)
@@ -101,7 +104,7 @@ def _predict(job: "Job", found: Found, subjects: Sequence[str]) -> list[Path]:
     if failed:
         named = ", ".join(failed[:5]) + (", ..." if len(failed) > 5 else "")
         raise CasesFailedError(f"{len(failed)} of {len(subjects)} cases failed: {named}; the others are in {job.out.folder}, see predictions.json for why")
-    return [job.out.folder / f"{subject}.nii.gz" for subject, state in states.items() if state != "busy"]
+    return [job.out.folder / f"{subject}.nii.gz" for subject in subjects if states[subject] != "busy"]
 
 
 class Job:
@@ -144,14 +147,21 @@ class Job:
                 say(f"{case.subject}: another process predicts it")
                 return "busy"
             try:
-                inputs = _digest(case)
-                noted = record.read() or {}
-                if noted.get("inputs") == inputs and "case" in noted and self.out.lies_there(noted["files"]):
+                if self.lies_there(case, record.read()):  # another process was faster
                     return "kept"
-                self._predict(case, inputs, record)
+                self._predict(case, record)
             except UserError as error:
                 return self._failed(case, str(error), record)
         return "done"
+
+    def lies_there(self, case: Case, noted: dict[str, Any] | None) -> bool:
+        """Whether a case was predicted from the very files that it has now, and all that was written still lies there."""
+        if noted is None or "case" not in noted:
+            return False
+        try:
+            return self.out.lies_there(noted["files"]) and noted["inputs"] == _digest(case)
+        except UserError:  # a file is gone, which its turn will say
+            return False
 
     def refuse(self, subject: str, problem: str) -> str:
         """Note why a case that was found cannot be predicted."""
@@ -162,11 +172,12 @@ class Job:
         say(f"{case.subject}: failed: {problem}")
         for volume in (*case.files.values(), *([case.brain] if case.brain else [])):
             problem = problem.replace(str(volume.path), volume.path.name)
+        self.out.remove((record.read() or {}).get("files", ()))  # of the files that it had before
         record.write({"failed": " ".join(Path(word).name if word.startswith("/") else word for word in problem.split(" "))})
         return "failed"
 
-    def _predict(self, case: Case, inputs: str, record: Record) -> None:
-        began = time.perf_counter()
+    def _predict(self, case: Case, record: Record) -> None:
+        began, inputs = time.perf_counter(), _digest(case)  # before they are read: what changes meanwhile is noticed later
         found = predict_case(self.predictor, self.network, case, self.dataset, self.beside.told)
         warnings = list(dict.fromkeys(text for run in self.warnings for text in run.of(found.stored, found.subset)))
         files = self._write(case, found)

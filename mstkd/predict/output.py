@@ -92,6 +92,11 @@ class Output:
             if before.get(key) != now.get(key):
                 raise UserError(f"{self.folder}: was begun with {key} {before.get(key)}, and now it is {now.get(key)}; put it back, or choose another --output")
 
+    def noted(self, subject: str) -> dict[str, Any] | None:
+        """What is noted of a case at this moment, without a claim."""
+        path = self.records / f"{subject}.json"
+        return _parsed(path.read_bytes()) if path.is_file() else None
+
     @contextmanager
     def claimed(self, subject: str) -> Iterator[Record | None]:
         """The record of a case; None where another process predicts it at this moment."""
@@ -118,6 +123,10 @@ class Output:
 
     def lies_there(self, names: Collection[str]) -> bool:
         return all((self.folder / name).is_file() for name in names)
+
+    def remove(self, names: Collection[str]) -> None:
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
     def summarise(self, head: dict[str, Any], subjects: Collection[str]) -> dict[str, Any]:
         """Write predictions.json from the records of all cases; a failure is told of those of `subjects` alone, the input's.
