@@ -21,13 +21,14 @@ from mstkd.errors import CasesFailedError, UserError
 from mstkd.evaluate.completed_inputs import CompletingPredictor
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.weights import TrainedRun, open_run
-from mstkd.methods import Method
+from mstkd.methods import Method, load
 from mstkd.predict.case import Prediction, entropy_bits, predict_case
 from mstkd.predict.case_warnings import CaseWarnings
 from mstkd.predict.cases import Found, find
 from mstkd.predict.images import like, save_like
 from mstkd.predict.output import Output, Record
 from mstkd.predict.overlay import draw_overlay
+from mstkd.run_folder import read_run_config
 from mstkd.shards.dataset import Case, DatasetSpec
 from mstkd.shards.geometry import ras_spacing_mm, to_ras
 from mstkd.shards.nifti import read_volume
@@ -68,6 +69,10 @@ def predict_folder(
     end, when all others are done, where cases cannot be read or predicted.
     """
     members = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    for run in members:
+        name = read_run_config(run).method["name"]
+        if (task := load(name).task) != "segmentation":
+            raise UserError(f"{run}: method {name} is for {task}; this command takes runs of segmentation")
     found, out = find(members[0], Path(input), spec), Output(output)
     with out.opened():
         job = Job(_opened(members, postprocess, overrides), complete and open_run(complete, tasks=("synthesis",)), found.dataset, beside, out)
