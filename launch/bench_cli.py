@@ -103,6 +103,29 @@ def evaluate(
     _show(bench_evaluate(Settings(cases=cases, size=FULL_SIZE if full else size, run=run), _say), json)
 
 
+@bench.command()
+def predict(
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.")] = None,
+    run: Annotated[Path | None, typer.Option(metavar="RUN", help="A trained segmentation, on its test split, instead of generated cases.")] = None,
+    cases: Annotated[int, typer.Option(min=1, help="How many cases; the contenders take turns on each.")] = 3,
+    size: Annotated[int, typer.Option(min=32, max=256, help="Voxels per axis of generated cases.")] = 96,
+) -> None:
+    """Inference of whole cases beside MONAI's SlidingWindowInferer: the same network, window, overlap and Gaussian weights; time and peak memory.
+
+    MONAI has two goes: at the file's whole grid, as is usual, and at the box around the brain, which is all that mstkd looks at; there
+    logits must be equal to 1e-5. From a normalised image to a label map, all sequences given.
+
+    Example: mstkd bench predict --json predict.json
+
+    Example: mstkd bench predict --run runs/mst_kdnet_phantom --cases 5
+    """
+    _check_file(json)
+    from mstkd.bench.evaluation import Settings
+    from mstkd.bench.prediction import bench_predict
+
+    _show(bench_predict(Settings(cases=cases, size=size, run=run), _say), json)
+
+
 def _check_file(json: Path | None) -> None:
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
         raise UserError(f"--json {json}: not a file in a folder that exists; create the folder, or give another name")

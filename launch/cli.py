@@ -13,14 +13,14 @@ import typer
 from rich.table import Column, Table
 
 from mstkd.config import load_config
-from mstkd.errors import TrainingError, UserError
+from mstkd.errors import CasesFailedError, TrainingError, UserError
 from mstkd.launch.arguments import Overrides, RecipeName
 from mstkd.launch.bench_cli import bench
 from mstkd.launch.compare_cli import compare
 from mstkd.launch.mlflow_cli import mlflow
 from mstkd.launch.plan_cli import plan
 from mstkd.launch.report_cli import report
-from mstkd.launch.shards_cli import print_table, shards
+from mstkd.launch.shards_cli import part_of, print_table, shards
 from mstkd.launch.status_cli import cancel, logs, status
 from mstkd.launch.study_cli import study
 
@@ -45,7 +45,7 @@ def main() -> None:
     """The console script. Bad input: one red line on stderr and exit code 2."""
     try:
         sys.exit(app(standalone_mode=False))
-    except (UserError, TrainingError) as error:
+    except (UserError, TrainingError, CasesFailedError) as error:
         _fail(str(error), error.exit_code)
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "mstkd"
@@ -150,37 +150,53 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: RunFolder,
-    input: Annotated[Path, typer.Option(help="Folder of NIfTI cases with any subset of the sequences. Synthesis: or a shard set.")],
-    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN... [KEY=VALUE...]", help="A run folder, several (folds, seeds) as an ensemble; recipe keys of how it predicts: inference.*, a sampler's.")],
+    input: Annotated[Path, typer.Option(help="Folder of NIfTI cases with any subset of the sequences, or a list, .csv or .json. Synthesis: or a shard set.")],
+    output: Annotated[Path, typer.Option(help="Folder to create, or to go on in.")],
     spec: Annotated[str | None, typer.Option(help="How files are named. Default: as in the run's data set.")] = None,
     postprocess: Postprocess = None,
     given: Annotated[str | None, typer.Option(help="Synthesis: show the network these sequences, e.g. flair, or per case one drawn: drawn, any subset drawn: uniform.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of --given drawn and uniform.")] = 0,
     complete: Annotated[Path | None, typer.Option(metavar="RUN", help="Segmentation: complete each case by this synthesis run first.")] = None,
     splits: Annotated[Path | None, typer.Option(help="Synthesis, shard sets: who is trained, validated and tested on in the completed set.")] = None,
+    part: Annotated[str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts of the cases; parts share the output folder.")] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write each region's probability.")] = False,
+    uncertainty: Annotated[bool, typer.Option("--uncertainty", help="Also write the predictive entropy, 0 to 1 bit.")] = False,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also draw each case with the regions' outlines, a PNG.")] = False,
 ) -> None:
     """Predict label maps for NIfTI cases, on their original grid; with a synthesis run the sequences that cases lack.
 
+    The same command again goes on where it was interrupted. Exit code 1 if some cases could not be predicted, see predictions.json.
+
     Example: mstkd predict runs/mst_kdnet_phantom --input cases --output predictions
+
+    Example: mstkd predict runs/fold0 runs/fold1 inference.mirror=true --input cases.csv --output predictions --part 2/8 --overlay
 
     Example: mstkd predict runs/utad_net_phantom --input demo/shards --output demo/completed --given drawn
     """
     from mstkd.methods import load
     from mstkd.run_folder import read_run_config
 
-    if load(read_run_config(run).method["name"]).task == "synthesis":
-        if postprocess or complete:
-            raise UserError(f"--{'postprocess' if postprocess else 'complete'}: is for label maps; a synthesis run makes images")
+    overrides, folders = ([word for word in runs if ("=" in word) == wanted] for wanted in (True, False))
+    if not folders:
+        raise UserError("mstkd predict: no RUN given, only recipe keys")
+    label_options = {"postprocess": postprocess, "complete": complete, "part": part, "probabilities": probabilities, "uncertainty": uncertainty, "overlay": overlay}
+    if load(read_run_config(Path(folders[0]), overrides).method["name"]).task == "synthesis":
+        if asked := [name for name, value in label_options.items() if value]:
+            raise UserError(f"--{asked[0]}: is for label maps; a synthesis run makes images")
+        if len(folders) > 1:
+            raise UserError(f"{folders[1]}: only segmentations form ensembles; give one synthesis run")
         from mstkd.complete import complete as write_completed
 
-        typer.echo(f"wrote {write_completed(run, input, output, spec, given, seed, splits)} to {output}")
+        typer.echo(f"wrote {write_completed(Path(folders[0]), input, output, spec, given, seed, splits, overrides)} to {output}")
         return
     if given or splits:
         raise UserError(f"--{'given' if given else 'splits'}: is for synthesis runs; a segmentation uses every sequence that a case has")
-    from mstkd.predict import predict_folder
+    chosen = part_of(part)
+    from mstkd.predict import Beside, predict_folder
 
-    written = predict_folder(run, input, output, spec, postprocess, complete)
+    beside = Beside(probabilities, uncertainty, overlay)
+    written = predict_folder([Path(run) for run in folders], input, output, spec, postprocess, complete, overrides=overrides, beside=beside, part=chosen)
     typer.echo(f"wrote {len(written)} label maps to {output}")
 
 

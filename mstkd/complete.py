@@ -6,6 +6,7 @@ measured is unknown.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.overlap import training_overlap
 from mstkd.evaluate.weights import TrainedRun, open_run
-from mstkd.predict import cases_of, refuse_existing, save_like, whole_folder
+from mstkd.predict.cases import cases_of
+from mstkd.predict.images import save_like
+from mstkd.predict.output import refuse_existing, whole_folder
 from mstkd.shards.dataset_fingerprint import write_fingerprint
 from mstkd.shards.facts import SubjectFacts, subject_facts
 from mstkd.shards.geometry import restore_image
@@ -79,14 +82,16 @@ class Given:
 
 
 def complete(
-    run_dir: Path, input: Path, output: Path, spec: str | None = None, wanted: str | None = None, seed: int = 0, splits: Path | None = None
-) -> str:
-    """`mstkd predict` with a synthesis run; what was written, in words. `input`: a shard set, or a folder as for `predict_folder`.
+    run_dir: Path, input: Path, output: Path, spec: str | None = None, wanted: str | None = None, seed: int = 0, splits: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """`mstkd predict` with a synthesis run; what was written, in words. `input`: a shard set, or a folder or list as for `predict_folder`.
 
-    `splits`: of a completed shard set, instead of the set's own. Raises UserError as the functions below.
+    `splits`: of a completed shard set, instead of the set's own. `overrides`: of the recipe's keys that say how it predicts. Raises UserError
+    as the functions below.
     """
     refuse_existing(output)
-    run = open_run(run_dir, tasks=("synthesis",))
+    run = open_run(run_dir, tasks=("synthesis",), overrides=overrides)
     if run.networks[0] in run.method.oracles:
         raise UserError(f"{run_dir}: only {run.networks[0]} is trained, which is given labels; train the run's next stage")
     given = Given(run, wanted, seed)

@@ -5,7 +5,7 @@ model once its file is imported (`mstkd.methods.build`).
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
@@ -237,7 +237,12 @@ class InferenceConfig(Section):
     batch: int = Field(1, ge=1)  # windows per forward
     blend: Literal["gaussian", "uniform"] = "gaussian"  # weights of a window's voxels
     average: Literal["logits", "probabilities"] = "logits"  # what is averaged over windows; probabilities: of each channel by itself
+    mirror: bool | Annotated[str, Field(pattern="^x?y?z?$")] = False
+    """Also predict every window mirrored along these axes, each and all together, and average: 2, 4 or 8 times the work. true: those
+    that training mirrored; no others can be named."""
     postprocess: Literal["none", "cc+et", "cc+cluster+et"] = "none"  # of tumour label maps, see mstkd/evaluate/postprocess.py
+    largest_component: list[str] = []  # regions of which no other component is kept
+    min_volume_ml: dict[str, Annotated[float, Field(gt=0)]] = {}  # by region: smaller components become what is around them
     precision: Precision | None = None  # default: as in training
 
 
@@ -341,6 +346,19 @@ class RunConfig(Section):
     def _inference_as_trained(self) -> "RunConfig":
         if self.inference.precision is None:
             self.inference = self.inference.model_copy(update={"precision": self.train.precision})
+        return self
+
+    @model_validator(mode="after")
+    def _mirrored_as_trained(self) -> "RunConfig":
+        if not self.inference.mirror:
+            return self
+        augment = self.data.augment
+        trained = augment.flip_axes if augment.flip_prob > 0 else ""
+        asked = trained if self.inference.mirror is True else self.inference.mirror
+        if not trained or not set(asked) <= set(trained):
+            mirrored = f"mirrored {trained} alone (data.augment.flip_axes)" if trained else "mirrored nothing (data.augment.flip_prob, flip_axes)"
+            raise ValueError(f"inference.mirror: training {mirrored}, and the network knows no other image; {'name those' if trained else 'leave it out'}")
+        self.inference = self.inference.model_copy(update={"mirror": asked})
         return self
 
     @property

@@ -13,6 +13,12 @@ class TrainingError(Exception):
     exit_code = 1
 
 
+class CasesFailedError(Exception):
+    """Some of many cases could not be handled, the others are done; one line, exit code 1."""
+
+    exit_code = 1
+
+
 class FailedElsewhereError(Exception):
     """Another rank failed and says why; this one only ends, with the same exit code."""
 

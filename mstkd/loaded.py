@@ -15,9 +15,11 @@ from mstkd.evaluate.weights import open_run
 from mstkd.export.facts import FACTS, read_facts
 from mstkd.export.weights import read_weights
 from mstkd.methods import DataFacts, build
-from mstkd.predict import dataset_of, like, predict_case
+from mstkd.predict.case import predict_case
+from mstkd.predict.cases import dataset_of
+from mstkd.predict.images import like
 from mstkd.shards.dataset import Case, DatasetSpec, Volume
-from mstkd.shards.raw_case import check_headers, grid_sequence
+from mstkd.shards.raw_case import grid_sequence
 
 BRAIN = "brain_mask"  # how a case's mask is called among its images, where the data set has masks
 
@@ -51,11 +53,10 @@ class LoadedModel:
         where the network takes only some subsets, none of these.
         """
         case = self._in_folder(Path(images)) if isinstance(images, str | Path) else self._case(images)
-        check_headers(case, self.dataset)
-        with evaluation_mode(self.predictor.method):
-            labels, subset = predict_case(self.predictor, self.network, case, self.dataset)
-        image = like(labels, case.files[grid_sequence(case, self.dataset)])
-        return LabelMap(labels, image.affine, subset, image)
+        with evaluation_mode(*self.predictor.methods):
+            found = predict_case(self.predictor, self.network, case, self.dataset)
+        image = like(found.labels, case.files[grid_sequence(case, self.dataset)])
+        return LabelMap(found.labels, image.affine, found.subset_name, image)
 
     def _in_folder(self, folder: Path) -> Case:
         cases = self.dataset.find_cases(folder, require_complete=False)

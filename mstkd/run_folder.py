@@ -23,6 +23,7 @@ from mstkd.config import RunConfig, read_recipe, resolved
 from mstkd.data.remote import open_folder, shown
 from mstkd.errors import UserError
 from mstkd.shards.layout import parse_index
+from mstkd.training_ranges import training_ranges
 
 SNAPSHOT_GIT = "mstkd-git.json"  # beside the package in the snapshot of a submitted run
 RECORDED = ("mstkd", "torch", "deepspeed", "monai", "webdataset", "mlflow", "numpy", "nibabel")
@@ -135,6 +136,7 @@ def data_facts(config: RunConfig) -> dict:
         "sequences": list(indices[0].sequences),
         **indices[0].model_dump(mode="json", include={"label_scheme", "classification"}),
         "digest": data_digest(config),
+        "ranges": training_ranges(places),
     }
 
 

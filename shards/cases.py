@@ -38,8 +38,31 @@ def find_cases(spec: "DatasetSpec", src: Path, require_complete: bool) -> list[C
     return [_case(spec, subject, roots[subject], require_complete) for subject in sorted(roots)]
 
 
-def _subject_folders(spec: "DatasetSpec", src: Path) -> dict[str, Path]:
-    """Subject -> its folder, for every folder under `src` (or `src` itself) that holds an expected file."""
+def find_usable_cases(spec: "DatasetSpec", src: Path) -> tuple[list[Case], dict[str, str]]:
+    """For prediction: the cases under `src` as `find_cases` without `require_complete`, and by subject why others cannot be used.
+
+    Raises UserError: no such folder, no case, good or bad, a subject with two folders.
+    """
+    if not src.is_dir():
+        raise UserError(f"{src}: no such folder; give the one that holds the cases, or a list of them")
+    problems: dict[str, str] = {}
+    roots = _subject_folders(spec, src, problems) if spec.layout == "folders" else _flat_subjects(spec, src)
+    if not roots and not problems:
+        raise UserError(f"{src}: no case of data set {spec.name}; expected {spec.expected()}")
+    cases = []
+    for subject in sorted(roots):
+        try:
+            cases.append(_case(spec, subject, roots[subject], require_complete=False))
+        except UserError as error:
+            problems[subject] = str(error)
+    return cases, problems
+
+
+def _subject_folders(spec: "DatasetSpec", src: Path, strangers: dict[str, str] | None = None) -> dict[str, Path]:
+    """Subject -> its folder, for every folder under `src` (or `src` itself) that holds an expected file.
+
+    A folder that holds other NIfTI files is told to `strangers`; without them it raises UserError.
+    """
     roots: dict[str, Path] = {}
     patterns = spec.patterns()
     for name, folders, files in os.walk(src, followlinks=True):
@@ -50,7 +73,10 @@ def _subject_folders(spec: "DatasetSpec", src: Path) -> dict[str, Path]:
                 raise UserError(f"subject {subject}: two folders, {roots[subject]} and {root}; keep one")
             roots[subject] = root
         elif any(file.endswith(tuple(ON_DISK)) and not file.startswith(".") for file in files) and not _below(root, roots):
-            raise UserError(f"{root}: holds NIfTI files, but none that data set {spec.name} names; expected {spec.expected()}")
+            problem = f"{root}: holds NIfTI files, but none that data set {spec.name} names; expected {spec.expected()}"
+            if strangers is None:
+                raise UserError(problem)
+            strangers[subject] = problem
     return roots
 
 

@@ -34,6 +34,16 @@ class LabelScheme(Strict):
     regions: dict[str, tuple[int, ...]]
     paint: dict[str, int]
 
+    @property
+    def sided(self) -> bool:
+        """Whether it tells left from right: two regions whose names differ in left_ and right_."""
+        return any(name.startswith("left_") and f"right_{name.removeprefix('left_')}" in self.regions for name in self.regions)
+
+    def around(self, region: str) -> int:
+        """The value of what a region lies in: the smallest other one that holds all of it, or background."""
+        holding = [other for other, values in self.regions.items() if set(values) > set(self.regions[region])]
+        return self.paint[min(holding, key=lambda other: len(self.regions[other]))] if holding else 0
+
 
 def _tumour(name: str, core: int, oedema: int, enhancing: int, extra: tuple[int, ...] = ()) -> LabelScheme:
     return LabelScheme(

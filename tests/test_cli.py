@@ -38,7 +38,7 @@ def test_the_commands_are_those_of_the_design():
     words = {" ".join(path) for path in COMMANDS}
     assert words == {
         "shards phantom", "shards prepare", "shards build", "shards merge", "shards index", "shards views", "shards verify", "shards inspect", "shards nnunet",
-        "shards splits", "bench data", "bench step", "bench cost", "bench evaluate", "train", "plan", "submit", "status", "logs", "cancel", "study", "evaluate",
+        "shards splits", "bench data", "bench step", "bench cost", "bench evaluate", "bench predict", "train", "plan", "submit", "status", "logs", "cancel", "study", "evaluate",
         "compare", "report", "predict", "export", "mlflow ui", "mlflow merge", "methods", "doctor",
     }  # fmt: skip
 

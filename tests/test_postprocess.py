@@ -14,7 +14,7 @@ from trained_run import CROP, make_run, predictor_and_source
 from mstkd.config import InferenceConfig
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode, predict_logits
-from mstkd.evaluate.postprocess import postprocess
+from mstkd.evaluate.postprocess import clear_components, postprocess
 from mstkd.evaluate.label_files import evaluate_predictions
 from mstkd.evaluate.run import evaluate_run
 from mstkd.predict import predict_folder
@@ -114,6 +114,55 @@ def test_the_second_brightest_oedema_becomes_core_only_where_t1ce_is_given():
     assert np.array_equal(clear(labels, t1ce=7 - 0 * t1ce), labels)  # no three clusters
     labels[10:30, 10:30, 31:37] = 4  # a quarter of the tumour enhances: nothing is missing
     assert np.array_equal(clear(labels, t1ce=t1ce), labels)
+
+
+def parts() -> np.ndarray:
+    """Two tumours, of 1000 and 27 voxels, each with core (64, 8) and an enhancing voxel or two, which touch by a corner."""
+    labels = np.zeros((30, 30, 30), np.uint8)
+    labels[2:12, 2:12, 2:12], labels[4:8, 4:8, 4:8], labels[5, 5, 5], labels[6, 6, 6] = 2, 1, 4, 4
+    labels[20:23, 20:23, 20:23], labels[20:22, 20:22, 20:22], labels[21, 21, 21] = 2, 1, 4
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("least", "largest", "change"),
+    [
+        ({"WT": 0.028}, (), {(20, 22): 0}),  # with all that is in it
+        ({"WT": 0.027}, (), {}),
+        ({"TC": 0.009}, (), {(20, 22): 2}),
+        ({"ET": 0.002}, (), {"last": 1}),
+        ({"ET": 0.003}, (), {"last": 1, "first": 1}),  # two voxels by a corner are one component
+        ({}, ("ET",), {"last": 1}),
+        ({}, ("TC",), {(20, 22): 2}),
+        ({}, ("WT",), {(20, 22): 0}),
+        ({"WT": 2.0}, (), {(2, 12): 0, (20, 22): 0}),
+    ],
+)
+def test_a_small_component_becomes_what_it_lies_in(least, largest, change):
+    labels = parts()
+    expected = labels.copy()
+    for where, value in change.items():
+        if where == "last":
+            expected[21, 21, 21] = value
+        elif where == "first":
+            expected[5, 5, 5] = expected[6, 6, 6] = value
+        elif value == 0:
+            expected[where[0] : where[1] + 1, where[0] : where[1] + 1, where[0] : where[1] + 1] = 0
+        else:
+            expected[where[0] : where[1], where[0] : where[1], where[0] : where[1]] = value
+    found = clear_components(labels, SCHEME, MM, least, largest)
+    assert np.array_equal(found, expected) and np.array_equal(labels, parts())
+    assert np.array_equal(clear_components(found, SCHEME, MM, least, largest), found)
+
+
+def test_volumes_are_in_ml_and_a_tissue_becomes_background():
+    labels = parts()
+    assert np.array_equal(clear_components(labels, SCHEME, (2.0, 2.0, 2.0), {"WT": 0.216}), labels)  # 27 x 8 mm^3
+    assert not clear_components(labels, SCHEME, (2.0, 2.0, 2.0), {"WT": 0.217})[20:].any()
+    tissue = np.zeros((8, 8, 8), np.uint8)
+    tissue[:4], tissue[6, 6, 6] = 3, 2
+    cleared = clear_components(tissue, LABEL_SCHEMES["tissue3"], MM, {"GM": 0.01, "WM": 0.01})
+    assert cleared[6, 6, 6] == 0 and (cleared[:4] == 3).all()
 
 
 # in evaluation and prediction

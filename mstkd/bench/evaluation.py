@@ -68,7 +68,7 @@ def bench_evaluate(settings: Settings, say: Callable[[str], None]) -> Report:
     Raises UserError: no such run, no case in it, cases that were resampled, figures that differ.
     """
     with tempfile.TemporaryDirectory(prefix="mstkd-bench-") as scratch:
-        given = _trained(settings) if settings.run else _generated(settings, Path(scratch), say)
+        given = bench_cases(settings, Path(scratch), say)
         facts, turns = machine(), []
         for number, key in enumerate(given.subjects):
             say(f"case {number + 1} of {len(given.subjects)}, {len(given.subsets)} subsets")
@@ -77,6 +77,11 @@ def bench_evaluate(settings: Settings, say: Callable[[str], None]) -> Report:
     title = {**settings.facts(), "subsets": len(given.subsets), "window": "x".join(map(str, given.predictor.window))}
     figures = evaluation_figures(turns)
     return Report("evaluate", title, {**facts, **device}, versions("monai", "scipy"), figures, targets(figures))
+
+
+def bench_cases(settings: Settings, scratch: Path, say: Callable[[str], None]) -> Bench:
+    """Cases of a run's test split, or generated ones. Raises UserError as `bench_evaluate`."""
+    return _trained(settings) if settings.run else _generated(settings, scratch, say)
 
 
 def _generated(settings: Settings, scratch: Path, say: Callable[[str], None]) -> Bench:

@@ -81,7 +81,7 @@ def score_subjects(
     `stopping` (collective) is asked before each round of `world` cases; raises Stopped when it says so. `kept` as in `score_each`.
     """
     _check_regions(scheme, source)
-    with evaluation_mode(predictor.method):
+    with evaluation_mode(*predictor.methods):
         return score_each(
             subjects, lambda key: _score_case(predictor, networks, source, key, subsets, scheme, options), rank, world, stopping, kept
         )

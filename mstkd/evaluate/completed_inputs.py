@@ -1,5 +1,6 @@
 """A segmentation run behind a synthesis run: what a case is not given is completed first, and the segmentation sees every sequence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,22 +10,27 @@ from mstkd.data.sample import Sample
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Case, Predictor, Volume
 from mstkd.evaluate.weights import TrainedRun, open_run
+from mstkd.methods import Method
 from mstkd.subsets import Subset, possible_subsets, subset_name
 
 
 class CompletingPredictor(Predictor):
     """As its base, on cases that a synthesis run has completed."""
 
-    def __init__(self, segmentation: TrainedRun, front: TrainedRun):
-        """Raises UserError where the two runs do not fit each other."""
-        plain = segmentation.predictor()
-        super().__init__(plain.method, plain.sequences, plain.window, plain.inference, plain.device, plain.scheme)
+    def __init__(self, segmentation: TrainedRun, front: TrainedRun, others: Sequence[TrainedRun] = ()):
+        """`others`: the rest of an ensemble, see `TrainedRun.predictor`. Raises UserError where the two runs do not fit each other."""
+        plain = segmentation.predictor(others)
+        super().__init__(plain.method, plain.sequences, plain.window, plain.inference, plain.device, plain.scheme, plain.members[1:])
         if front.facts.sequences != segmentation.facts.sequences:
             theirs, ours = ", ".join(front.facts.sequences), ", ".join(segmentation.facts.sequences)
             raise UserError(f"{front.folder}: completes {theirs}; {segmentation.config.name} was trained on {ours}, in that order")
         if front.networks[0] in front.method.oracles:
             raise UserError(f"{front.folder}: only {front.networks[0]} is trained, which is given labels; train the run's next stage")
         self.front, self.completer = front, front.completer()
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return (*self.members, self.front.method)
 
     @property
     def clocks(self) -> list[dict[str, list[float]]]:

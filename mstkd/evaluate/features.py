@@ -53,7 +53,7 @@ def collect(predictor: Predictor, source: CaseSource, subjects: Sequence[str]) -
     if len(subjects) < 2:
         return {}
     parts: dict[str, list[tuple[NDArray, Sequence[int], int]]] = {}
-    with evaluation_mode(predictor.method):
+    with evaluation_mode(*predictor.methods):
         for number, subject in enumerate(subjects):
             sample = source.subject(subject)
             volume = predictor.volume(sample.image, sample.brain, sample.meta)

@@ -39,14 +39,14 @@ def evaluate_predictions(
     if not predictions:
         raise UserError(f"{pred_dir}: no predictions; expected <subject>.nii.gz")
     noted = Path(pred_dir) / "predictions.json"
-    subsets = json.loads(noted.read_text()) if noted.is_file() else {}
+    known = json.loads(noted.read_text()).get("cases", {}) if noted.is_file() else {}
     truths = _truths(Path(ref_dir), spec, predictions)
     rows = []
     for subject, path in predictions.items():
         if subject not in truths:
             raise UserError(f"{path}: no truth for subject {subject} in {ref_dir}")
         for region, score in _score_files(path, truths[subject], spec, options).items():
-            rows.append(Row("predictions", subject, subsets.get(subject, "given"), region, score))
+            rows.append(Row("predictions", subject, known.get(subject, {}).get("subset", "given"), region, score))
     notes = conventions(options) | {"cases": f"{len(predictions)} predictions scored; {len(truths)} subjects have a truth"}
     summary = summarise(rows, list(spec.sequences), None, "given", None, notes)
     Path(out).mkdir(parents=True, exist_ok=True)

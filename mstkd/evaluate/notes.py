@@ -23,15 +23,20 @@ def overlap_note(run: TrainedRun, source: CaseSource, split: str, allowed: bool)
     return {"overlap": f"ALLOWED OVERLAP: {len(seen)} of these cases were seen in training; the figures are optimistic"}
 
 
-def untrained_note(run: TrainedRun, subsets: Sequence[Subset]) -> dict[str, str]:
-    """Subsets that are scored though training never showed them to the network."""
+def trained_subsets(run: TrainedRun, patterns: set[Subset]) -> set[Subset]:
+    """What training could show of subjects that have the sequences in one of `patterns`."""
     method, sequences = run.method, run.facts.sequences
-    entries = [store.subjects[key] for store in run.source.stores for key in split_subjects(store, "train", run.config.data.fold)]
-    patterns = {tuple(name in entry.sequences for name in sequences) for entry in entries}
     if method.complete_only:
         patterns = {(True,) * len(sequences)}
     configs = [method.availability(stage) or run.config.data.availability for stage in run.config.stages or method.stages]
-    seen = {subset for config in configs for subset in Availability(config, sequences).possible(patterns)}
+    return {subset for config in configs for subset in Availability(config, sequences).possible(patterns)}
+
+
+def untrained_note(run: TrainedRun, subsets: Sequence[Subset]) -> dict[str, str]:
+    """Subsets that are scored though training never showed them to the network."""
+    sequences = run.facts.sequences
+    entries = [store.subjects[key] for store in run.source.stores for key in split_subjects(store, "train", run.config.data.fold)]
+    seen = trained_subsets(run, {tuple(name in entry.sequences for name in sequences) for entry in entries})
     never = [subset_name(sequences, subset) for subset in subsets if subset not in seen]
     if not never:
         return {}

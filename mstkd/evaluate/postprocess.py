@@ -1,8 +1,10 @@
-"""Clearing up a tumour's label map after prediction: the "prediction smoothness enhancement" of ShaSpec*.
+"""Clearing up a label map after prediction: small components of any scheme, and of tumours the "prediction smoothness enhancement" of ShaSpec*.
 
-Source: the post-processing of ShaSpec's released code (Wang et al., CVPR 2023, arXiv:2307.14126). There its thresholds are voxels and array
+Source of the latter: the post-processing of ShaSpec's released code (Wang et al., CVPR 2023, arXiv:2307.14126). There its thresholds are voxels and array
 indices of 1 mm BraTS volumes; here they are mm^3 and mm along the body's axis, the same on such volumes and meant for any other grid.
 """
+
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from scipy.ndimage import find_objects, generate_binary_structure, label
 from mstkd.shards.spec import LabelScheme
 
 EIGHTEEN = generate_binary_structure(3, 2)  # neighbours by face or edge
+TWENTY_SIX = generate_binary_structure(3, 3)  # or corner
 Labels = NDArray[np.uint8]
 
 
@@ -45,6 +48,32 @@ def postprocess(
     enhancing = np.isin(result, scheme.regions["ET"])
     if np.count_nonzero(enhancing) * voxel_mm3 < enhancing_mm3:
         result[enhancing] = scheme.paint["TC"]
+    return result
+
+
+def clear_components(
+    labels: Labels, scheme: LabelScheme, spacing_mm: tuple[float, ...], min_volume_ml: Mapping[str, float], largest: Collection[str] = ()
+) -> Labels:
+    """A new label map (X, Y, Z) without small components: region by region, in the order in which regions are painted.
+
+    A 26-connected component of a region below its `min_volume_ml`, and of the `largest` regions every one but the largest, becomes what the
+    region lies in: ET becomes core, core becomes oedema, the whole tumour (with all in it) background; a tissue background. Components and
+    not the whole region are judged, since BraTS 2023 and later score by lesion, where every false component costs (see lesions.py);
+    for ET as a whole see rule 3 of `postprocess`. Applied again it changes nothing.
+    """
+    voxel_ml, result = float(np.prod(spacing_mm)) / 1000, labels.copy()
+    for region, values in scheme.regions.items():
+        if region not in min_volume_ml and region not in largest:
+            continue
+        parts, count = label(np.isin(result, values), TWENTY_SIX)
+        if not count:
+            continue
+        voxels = np.bincount(parts.ravel(), minlength=count + 1)
+        kept = voxels * voxel_ml >= min_volume_ml.get(region, 0.0)
+        if region in largest:
+            kept &= np.arange(count + 1) == 1 + voxels[1:].argmax()
+        kept[0] = True  # what is not of the region
+        result[~kept[parts]] = scheme.around(region)
     return result
 
 

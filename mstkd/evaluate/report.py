@@ -54,7 +54,7 @@ def case_pictures(
     """The chosen cases, which must have every sequence, with their predictions from `subsets`, by default `shown_subsets`."""
     subsets = shown_subsets(predictor.sequences, predictor.takes) if subsets is None else subsets
     pictures = []
-    with evaluation_mode(predictor.method):
+    with evaluation_mode(*predictor.methods):
         for rank, subject in chosen.items():
             sample = source.subject(subject)
             case, predictions = predictor.case(sample), {}

@@ -177,6 +177,13 @@ def _evaluate_volumes(job: Evaluation) -> dict[str, dict]:
     notes = conventions(options) | job.notes
     if run.config.inference.postprocess != "none":
         notes["postprocess"] = f"label maps cleared up by {run.config.inference.postprocess} before scoring"
+    inference = run.config.inference
+    if inference.mirror:
+        notes["mirror"] = f"probabilities averaged over windows mirrored along {inference.mirror}"
+    if inference.largest_component or inference.min_volume_ml:
+        smallest = ", ".join(f"{region} under {volume:g} ml" for region, volume in inference.min_volume_ml.items())
+        largest = ", ".join(f"{region} but the largest" for region in inference.largest_component)
+        notes["components"] = f"components cleared before scoring: {'; '.join(text for text in (smallest, largest) if text)}"
     if job.front:
         notes["completed"] = f"every subset was completed by {job.front.config.method['name']} ({job.front.config.name}); the networks saw all sequences"
     predictor, scheme = CompletingPredictor(run, job.front) if job.front else run.predictor(), run.facts.label_scheme
@@ -278,6 +285,9 @@ TASKS = {"segmentation": _evaluate_volumes, "classification": _evaluate_classes,
 def _refuse_postprocess(run: TrainedRun) -> None:
     if run.config.inference.postprocess != "none":
         raise UserError(f"inference.postprocess {run.config.inference.postprocess}: is for label maps of tumours (WT, TC, ET); set it to none")
+    for key in ("mirror", "largest_component", "min_volume_ml"):
+        if getattr(run.config.inference, key):
+            raise UserError(f"inference.{key}: is for label maps; leave it out")
 
 
 def _pictured(chosen: dict[str, str]) -> dict[str, str]:

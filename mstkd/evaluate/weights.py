@@ -1,13 +1,14 @@
 """A trained run as it lies on disk: its recipe, its data, its method with the best weights."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mstkd.config import InferenceConfig, RunConfig
@@ -61,15 +62,41 @@ class TrainedRun:
             network.to(device)
         return device
 
-    def predictor(self) -> Predictor:
-        """Whole-volume prediction on the GPU if there is one."""
+    def predictor(self, others: Sequence["TrainedRun"] = ()) -> Predictor:
+        """Whole-volume prediction on the GPU if there is one, alone or in an ensemble with `others`: folds or seeds of the same.
+
+        Raises UserError where one of those is of another method, other data, or applied in another way.
+        """
         facts, config = self.facts, self.config
-        return Predictor(self.method, facts.sequences, config.data.crop, config.inference, self.placed(), facts.label_scheme)
+        for other in others:
+            self._check_alike(other)
+            other.placed()
+        methods = [other.method for other in others]
+        return Predictor(self.method, facts.sequences, config.data.crop, config.inference, self.placed(), facts.label_scheme, methods)
+
+    def _check_alike(self, other: "TrainedRun") -> None:
+        for what, of in ALIKE.items():
+            mine, theirs = of(self), of(other)
+            if mine != theirs:
+                raise UserError(f"{other.folder}: {what} is {theirs}, that of {self.folder} {mine}; an ensemble is of runs that differ in fold or seed")
 
     def completer(self) -> Completer:
         """Completion of whole cases, slice by slice, on the GPU if there is one."""
         config = self.config
         return Completer(self.method, self.facts.sequences, config.data.slices, config.inference, self.placed())
+
+
+ALIKE: dict[str, Callable[[TrainedRun], object]] = {  # in an ensemble
+    "method": lambda run: run.config.method["name"],
+    "the order of sequences": lambda run: ", ".join(run.facts.sequences),
+    "label scheme": lambda run: run.facts.label_scheme and run.facts.label_scheme.name,
+    "what labels mean": lambda run: run.facts.label_scheme,
+    "network": lambda run: run.networks[0],
+    "subsets taken": lambda run: run.method.subsets,
+    "method.intensity": lambda run: run.method.intensity,
+    "window": lambda run: run.config.inference.window or run.config.data.crop,
+    "inference": lambda run: run.config.inference,
+}
 
 
 def open_run(
@@ -198,7 +225,11 @@ def _checkpoint_folder(folder: Path, checkpoint: str) -> Path:
 def _load(path: Path, method: Method) -> list[str]:
     """Load the networks in a file with keys <network>.<parameter or buffer>; returns their names."""
     states: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(path).items():
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a sound safetensors file ({' '.join(str(error).split())}); restore it, or train again") from None
+    for key, tensor in tensors.items():
         network, _, name = key.partition(".")
         states.setdefault(network, {})[name] = tensor
     for network, state in states.items():

@@ -75,6 +75,8 @@ def _check_prepared(facts: StudentFacts) -> None:
         "cases come with a brain mask": facts.files.brain_mask,
         "images are equalised (clahe)": facts.intensity.kind == "clahe",
         f"label maps are cleared up by {facts.inference.postprocess}": facts.inference.postprocess != "none",
+        "small components are cleared": facts.inference.largest_component or facts.inference.min_volume_ml,
+        f"windows are mirrored along {facts.inference.mirror}": facts.inference.mirror,
     }
     if found := [text for text, there in unknown.items() if there]:
         raise UserError(f"export format monai-bundle: {found[0]}, which the bundle's own script cannot do; use safetensors and mstkd.load")

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from mstkd.errors import UserError
 from mstkd.evaluate.weights import TrainedRun
 from mstkd.export.facts import facts_of
-from mstkd.predict import dataset_of
+from mstkd.predict.cases import dataset_of
 from mstkd.track import Tracker
 
 

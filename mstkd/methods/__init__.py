@@ -76,6 +76,7 @@ class Method(ABC):
     dimensions: ClassVar[Literal[2, 3]] = 3  # 2: it is given axial slices, (B, M, X, Y)
     complete_only: ClassVar[bool] = True  # True: subjects that lack a sequence are dropped from training (counted)
     scored: ClassVar[tuple[str, ...]] = ("student", "teacher")  # what evaluation reports; the first that a stage trains selects its "best"
+    exclusive: ClassVar[bool] = False  # True: the channels of its logits are classes, of which a voxel has one (softmax); else each is by itself (sigmoid)
     sees_all: ClassVar[tuple[str, ...]] = ()  # those of them made for complete input: validation shows them every sequence
     oracles: ClassVar[tuple[str, ...]] = ()  # those of them that are given the test labels, through `predict_oracle`: marked and never ranked
 

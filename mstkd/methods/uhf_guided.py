@@ -201,6 +201,7 @@ class UHFGuided(Method):
     painters = ("keeper", "teacher")
     companions = {"student": ("keeper",)}
     runs_apart = True
+    exclusive = True
     blocks = (Block, Dense, Guide, Fusion, Double, Up)
     paper = "Oh et al., arXiv:2402.08409; MICCAI 2022"
     reproduces = "networks, losses and stages in 3D; the released code's defects mended; no table is known"
