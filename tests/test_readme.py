@@ -111,7 +111,7 @@ ELSEWHERE = {
     ("shards build --spec brats2021",): "test_shards_parts.py",
     ("evaluate runs/mst_kdnet_brats2024 --data",): "test_another_evaluation.py",
 }  # fmt: skip
-SUBSTITUTES = {"/data/": "data/", "brats2024_gli": "phantom", "/scratch/": "scratch/"}  # folders at the root, and files that are called otherwise
+SUBSTITUTES = {"/data/": "data/", "brats2024_gli": "phantom", "/scratch/": "scratch/", "'$SLURM_ARRAY_TASK_ID/8'": "1/8"}  # what is not here
 NOT_HERE = tuple(beginning for beginnings in ELSEWHERE for beginning in beginnings)
 HERE = [words for words in OURS if not " ".join(words).startswith(NOT_HERE)]
 PROGRAMS = {  # what is no `mstkd`: who runs it, "" where nobody does
@@ -131,6 +131,8 @@ def at_desk(tmp_path_factory):
             shutil.copytree(case, folder / name / case.name)
     for case in (folder / "cases").iterdir():
         next(case.glob("*_t1.nii.gz")).unlink()
+    given = [f"{case.name},cases/{case.name}/{case.name}_flair.nii.gz" for case in (folder / "cases").iterdir()]
+    (folder / "cases.csv").write_text("\n".join(["subject,flair", *given]))
 
     def run(words: list[str]) -> None:
         smaller = SMALLER[words[1]] if words[0] == "train" else []
@@ -139,7 +141,7 @@ def at_desk(tmp_path_factory):
 
     run(["shards", "build", "--spec", "phantom", "--src", "demo/nifti", "--out", "demo/shards"])
     run(["train", "mst_kdnet_phantom"])
-    for name in ("mst_kdnet_brats2024", "whole"):
+    for name in ("mst_kdnet_brats2024", "fold0", "fold1"):
         shutil.copytree(folder / "runs" / "mst_kdnet_phantom", folder / "runs" / name)
     return run
 
