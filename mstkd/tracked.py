@@ -51,17 +51,17 @@ def _contents(config: RunConfig, training: TrainingSet) -> dict[str, dict]:
 
 def _description(config: RunConfig, method: Method, stages: list[str], world: int, record: dict, dataset: dict) -> str:
     train, profile = config.train, dataset["profile"]
-    name, paper = config.method["name"], f", {method.paper}" if method.paper else ""
     steps = ", ".join(f"{count} ({stage})" for stage, count in train.steps.items()) if isinstance(train.steps, dict) else train.steps
-    length = f"{steps} updates" if steps is not None else f"{train.epochs:g} epochs"
+    length = f"updates {steps}" if steps is not None else f"{train.epochs:g} epochs"
     people = f"{profile['train']} to train, {profile['val']} to validate, {profile['test']} to test"
     lines = {
+        "Paper": method.paper or "none",
         "Task": f"{method.task}; {'views' if config.data.crop is None and config.data.slices is None else 'sequences'} {', '.join(profile['sequences'])}",
         "Data": f"{dataset['name']}, fold {config.data.fold}: subjects {people}",
         "Stages": " -> ".join(stages),
-        "Training": f"{length} of {train.global_batch} samples, seed {config.seed}",
+        "Training": f"{length}, global batch {train.global_batch}, seed {config.seed}",
         "Ranks": f"{world}, ZeRO {train.zero_stage}, {train.precision}",
         "Code": f"mstkd {metadata.version('mstkd')}, commit {_commit(record)[:COMMIT_CHARS]}",
         "Results": f"curves in the runs below it, one per stage, e.g. `{config.name}/{stages[-1]}`; the test split after `mstkd evaluate`, here and below",
     }
-    return f"**{name}**{paper}\n\n" + "\n".join(f"- **{key}:** {text}" for key, text in lines.items())
+    return f"**{config.method['name']}**\n\n" + "\n".join(f"- **{key}:** {text}" for key, text in lines.items())

@@ -103,8 +103,8 @@ class MlflowTracker(Tracker):
     def describe(self, text: str, heading: str = "") -> None:
         self._writer.later(self._session.describe, self.run_id, text, heading)
 
-    def describe_run(self, text: str, heading: str) -> None:
-        self._writer.later(self._session.describe, self._session.ids.run_id, text, heading)
+    def whole_run(self) -> Tracker:
+        return MlflowTracker(self._session, self._writer, self._session.ids.run_id, replays=False)
 
     def log_model(self, folder: Path, name: str, register: str | None) -> None:
         self._writer.now(self._session.log_model, self.run_id, folder, name, register)

@@ -14,9 +14,14 @@ COPY_OF = "merged_from"  # the tag by which a copied model is found again
 VERSIONS = "mlflow.modelVersions"
 
 
-def log_model(client: MlflowClient, experiment_id: str, run_id: str, folder: Path, name: str, register_as: str | None) -> None:
-    """The model in `folder`, which is told its ids, as one that the run made, and as the next version of `register_as`, if given."""
-    logged = client.create_logged_model(experiment_id, name=name, source_run_id=run_id)
+def log_model(
+    client: MlflowClient, experiment_id: str, run_id: str, folder: Path, name: str, register_as: str | None, params: dict[str, str]
+) -> None:
+    """The model in `folder`, which is told its ids, as one that the run made, and as the next version of `register_as`, if given.
+
+    `params`: what the page says of it.
+    """
+    logged = client.create_logged_model(experiment_id, name=name, source_run_id=run_id, params=params)
     _upload(client, logged, run_id, folder)
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
     if register_as is not None:

@@ -3,6 +3,7 @@
 import re
 
 MAX_CHARS = 8000  # as many as MLflow keeps of a tag
+ROOM = 4 * "&nbsp;"
 CUT = "\n\n(cut: the rest is in the run's artifacts)"
 
 
@@ -19,6 +20,6 @@ def with_section(note: str, text: str, heading: str = "") -> str:
 
 
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
-    """Columns by their headings, and rows of cells."""
-    lines = [columns, ["---"] * len(columns), *rows]
+    """Columns by their headings, and rows of cells. MLflow's page leaves no room between columns: the headings make it."""
+    lines = [[f"{heading}{ROOM}" for heading in columns], ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -42,8 +42,9 @@ class Tracker:
     def describe(self, text: str, heading: str = "") -> None:
         """Say `text`, Markdown, of this run or part, in place of what was said before under the same `heading`, or without one."""
 
-    def describe_run(self, text: str, heading: str) -> None:
-        """As `describe`, of the whole run that this is a part of."""
+    def whole_run(self) -> "Tracker":
+        """The run that this is a part of, which needs no finishing here."""
+        return self
 
     def log_model(self, folder: Path, name: str, register: str | None) -> None:
         """Keep a copy of the MLflow model in `folder` as `name`, and as the next version of the registered model `register`, if given."""
@@ -111,9 +112,8 @@ class CompositeTracker(Tracker):
         for tracker in self.trackers:
             tracker.describe(text, heading)
 
-    def describe_run(self, text: str, heading: str) -> None:
-        for tracker in self.trackers:
-            tracker.describe_run(text, heading)
+    def whole_run(self) -> Tracker:
+        return CompositeTracker([tracker.whole_run() for tracker in self.trackers])
 
     def log_model(self, folder: Path, name: str, register: str | None) -> None:
         for tracker in self.trackers:

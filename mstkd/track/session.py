@@ -58,6 +58,7 @@ class Session:
     def __init__(self, config: RunConfig, run_dir: Path):
         self.uri = tracking_uri(config, run_dir)
         self.name = config.name
+        self.facts = {"run": config.name, "method": config.method["name"], "fold": str(config.data.fold), "seed": str(config.seed)}
         self.identify = config.tracking.identify
         self.parents = sweep_tags(run_dir) or study_tags(run_dir)
         self.client = MlflowClient(tracking_uri=self.uri)
@@ -114,7 +115,7 @@ class Session:
         return self.client.create_run(self.experiment_id, run_name=name, tags=source | tags).info.run_id
 
     def log_model(self, run_id: str, folder: Path, name: str, register: str | None) -> None:
-        log_model(self.client, self.experiment_id, run_id, folder, name, register)
+        log_model(self.client, self.experiment_id, run_id, folder, name, register, self.facts)
 
     def below(self, parent_id: str, name: str) -> str | None:
         """The id of the run `name` right below another one; None if there is none."""
