@@ -214,7 +214,7 @@ def open_evaluation(config: RunConfig, run_dir: Path, name: str) -> Tracker:
 
 def open_comparison(config: RunConfig, run_dir: Path, name: str) -> Tracker:
     """A new run `name` beside a tracked training run, in its experiment, or that of its study, once; as `open_evaluation` otherwise."""
-    study = study_tags(run_dir)
+    study = {name: text for name, text in study_tags(run_dir).items() if name != "arm"}  # it is of several
 
     def find(session: Session) -> str:
         known = session.below(study[PARENT], name) if PARENT in study else None

@@ -66,9 +66,10 @@ def stores_of(path: Path) -> list[Store]:
     found = [Store(database) for database in [*run_databases(path), path / DATABASE] if database.is_file()]
     if found:
         return found
-    ids = RunIds(path / "mlflow.json")
-    if ids.run_id and (path.parent / DATABASE).is_file():
-        return [Store(path.parent / DATABASE, ids.run_id)]
+    if run_id := RunIds(path / "mlflow.json").run_id:
+        for folder in path.parents[:2]:  # of the runs, or of the study
+            if (folder / DATABASE).is_file():
+                return [Store(folder / DATABASE, run_id)]
     raise UserError(f"{path}: no {DATABASE} in it, nor is it a run that {path.parent / DATABASE} knows; give the folder of the runs, or of one of them")
 
 
