@@ -37,10 +37,10 @@ def _commit(record: dict) -> str:
 def _contents(config: RunConfig, training: TrainingSet) -> dict[str, dict]:
     """The data's schema, as MLflow's page shows one, and its profile."""
     splits = [store.fold(config.data.fold) for store in training.stores]
+    test = sum(len(fold.test) + len(store.splits.test) for fold, store in zip(splits, training.stores, strict=True))
     profile = {
-        "train": sum(len(fold.train) for fold in splits), "val": sum(len(fold.val) for fold in splits),
-        "test": sum(len(fold.test) + len(store.splits.test) for fold, store in zip(splits, training.stores, strict=True)), "fold": config.data.fold, "sequences": list(training.sequences),
-        "dropped": len(training.dropped), "labelled": training.labelled,
+        "train": sum(len(fold.train) for fold in splits), "val": sum(len(fold.val) for fold in splits), "test": test, "fold": config.data.fold,
+        "sequences": list(training.sequences), "dropped": len(training.dropped), "labelled": training.labelled,
     }  # fmt: skip
     if training.classification:
         return {"profile": profile}

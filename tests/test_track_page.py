@@ -104,7 +104,7 @@ def test_runs_hang_below_their_study_and_can_be_searched(run, found):
 
 def test_a_run_says_what_it_is_and_after_the_evaluation_how_good(run, found):
     note = found["unet"].data.tags["mlflow.note.content"]
-    for words in ("**monai_network**", "phantom, fold 0: subjects 6 to train, 2 to validate, 2 to test", "2, ZeRO 1, bf16", "commit 0123456789ab", "- **Paper:** none: MONAI's networks"):
+    for words in ("**monai_network**", "MONAI's networks", "fold 0: subjects 6 to train, 2 to validate, 2 to test", "2, ZeRO 1, bf16", "commit 0123456789ab"):
         assert words in note
     mean = json.loads((run / "evaluation" / "summary.json").read_text())["mean"]
     assert "## evaluation: phantom, test split, 2 cases" in note and "the run `unet/evaluation`, artifact `tables/subsets_student.json`" in note
