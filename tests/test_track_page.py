@@ -206,7 +206,7 @@ def test_the_page_reads_well(server, run, found, tmp_path):
         "runs": (f"{experiment}/runs", OPEN_TREE, ("unet/train", "unet/evaluation", "phantom (")),
         "run": (f"{experiment}/runs/{ids['unet']}", SHOW_MORE, ("monai_network", "2, ZeRO 1, bf16", "HD95 (mm)", "precision", "test/student/dice_WT")),
         "charts": (f"{experiment}/runs/{ids['unet/train']}/model-metrics", "", ("train/loss", "val/score")),
-        "curves": (f"{experiment}/runs/{evaluation}/model-metrics", "", ("student/by_number_given", "dice_WT")),
+        "curves": (f"{experiment}/runs/{evaluation}/model-metrics", "", ("student/by_number_given", "student/dice/ET")),
         "table": (f"{experiment}/runs/{evaluation}/artifacts/tables/subsets_student.json", "", ("number given", "flair+t1", "hd95_mm")),
         "model": (f"{experiment}/models/{output.model_id}", "", ("student", "unet-page", "Ready", "monai_network")),
         "version": ("models/unet-page/versions/1", "", ("Inputs", "Outputs", "unet/evaluation")),

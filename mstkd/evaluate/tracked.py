@@ -57,9 +57,11 @@ def _log_figures(tracker: Tracker, network: str, summary: dict[str, Any]) -> Non
 
 
 def _figures(summary: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Figures by their names in MLflow, e.g. "dice/WT/flair+t1" or "psnr/t1->flair"; the means of all, the lines of those that are `SHOWN`."""
+    """Figures by their names in MLflow, e.g. "dice/WT/flair+t1" or "psnr/t1->flair"; of those that are not `SHOWN` the means, in one group behind."""
     for part, cell in _means(summary):
-        yield from (("/".join(filter(None, (key, part, MEAN))), value) for key, value in cell.items() if value is not None)
+        for key, value in cell.items():
+            if value is not None:
+                yield "/".join(filter(None, (key, part, MEAN))) if key in SHOWN else f"others/{'_'.join(filter(None, (key, part)))}", value
     for given, made, part, cell in _cells(summary):
         line = f"{given}->{made}" if made else given
         yield from (("/".join(filter(None, (key, part, line))), cell[key]) for key in SHOWN if cell.get(key) is not None)
