@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from mstkd.errors import UserError
 
 mlflow = typer.Typer(help="The MLflow data base of the runs.")
 
-SAYS = {"empty": "no run yet", "deleted": "deleted in the merged data base, left so"}
+SAYS = {"empty": "no run yet", "deleted": "deleted there, left so"}
 
 
 @mlflow.command()
@@ -56,11 +57,38 @@ def merge(
         raise UserError(f"{runs_dir}: no such folder; give the folder of the runs")
     from mstkd.track.merge import merge as run
 
+    _say(run(runs_dir), "merged")
+
+
+@mlflow.command()
+def sync(
+    to: Annotated[str, typer.Option(metavar="URI", help="The tracking server, e.g. http://tracker:5000.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[STORE|RUN]...", help="Folders of runs (default: runs), with or without a merge, or single run folders.")
+    ] = None,
+) -> None:
+    """Bring runs that were tracked offline to a tracking server, with everything that MLflow holds of them.
+
+    Can be repeated at any time, also after it was interrupted, and while runs train: it adds what is new, and nothing twice.
+
+    Example: mstkd mlflow sync --to http://tracker:5000 runs
+    """
+    paths = paths or [Path("runs")]
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; give the folder of the runs, or of one of them")
+    from mstkd.track.sync import sync as run
+
+    _say(run(to, paths), "brought to the server")
+
+
+def _say(copied: Iterable, done: str) -> None:
+    """A line for each; raises UserError at the end if some could not be read. `done`: what the others are."""
     results = []
-    for result in run(runs_dir):
+    for result in copied:
         results.append(result)
         typer.echo(f"{result.name}: {result.reason or SAYS.get(result.outcome, result.outcome)}")
     unreadable = [result for result in results if result.outcome == "unreadable"]
     if unreadable:
         names = ", ".join(result.name for result in unreadable)
-        raise UserError(f"{len(unreadable)} of {len(results)} could not be merged: {names}; the reasons are above, the others are up to date")
+        raise UserError(f"{len(unreadable)} of {len(results)} could not be {done}: {names}; the reasons are above, the others are up to date")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from dataclasses import dataclass
@@ -177,12 +178,21 @@ def _write_sweep(submission: Submission) -> None:
     from mstkd.track.mlflow_tracker import create_sweep_parent
 
     submission.folder.mkdir(parents=True, exist_ok=True)
-    sweep = {"axes": submission.axes, "runs": [run.name for run in submission.runs]}
+    path = submission.folder / "sweep.json"
+    sweep = {"axes": submission.axes, "runs": [run.name for run in submission.runs], "id": _sweep_id(path)}
     if submission.runs[0].tracking.uri:
         sweep["mlflow_parent"] = create_sweep_parent(submission.runs[0], submission.name, submission.folder)
     partial = submission.folder / "sweep.json.tmp"
     partial.write_text(json.dumps(sweep, indent=1))
-    os.replace(partial, submission.folder / "sweep.json")
+    os.replace(partial, path)
+
+
+def _sweep_id(path: Path) -> str:
+    """What tells the sweep from others of its name, on a tracking server that several people use: kept as long as its folder is there."""
+    try:
+        return json.loads(path.read_text())["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return secrets.token_hex(8)
 
 
 def _submit_link(submission: Submission, number: int, link: Link, before: str | None, submitted: list[SubmittedJob]) -> str:

@@ -44,7 +44,8 @@ from mstkd.evaluate.weights import safetensors_of
 from mstkd.methods import DataFacts, Method, Role
 from mstkd.models.recompute import recompute
 from mstkd.teacher_source import given_networks, refuse_seen, sources_of, stages_left_out
-from mstkd.track import NullTracker, Tracker, open_trackers
+from mstkd.track import NullTracker, Tracker
+from mstkd.tracked import track
 
 log = logging.getLogger(__name__)
 
@@ -265,13 +266,7 @@ def _stage(name: str, run: Run, engines: dict[str, RoleEngine]) -> Stage:
 
 
 def _trackers(run: Run, attempt: int) -> Tracker:
-    if not run.ranks.main:
-        return NullTracker()
-    folder = run.config.run_dir
-    record = run_folder.read_record(folder)
-    tags = {"git": (record["git"] or {}).get("commit", "none"), "ranks": run.ranks.world, "task": run.method.task}
-    dataset = {"name": "+".join(record["data"]["names"]), "digest": record["data"]["digest"]}
-    return open_trackers(run.config, folder, attempt=attempt, tags=tags, dataset=dataset)
+    return track(run.config, run.method, run.training, run.stages, run.ranks.world, attempt) if run.ranks.main else NullTracker()
 
 
 @dataclass

@@ -39,7 +39,7 @@ def test_the_commands_are_those_of_the_design():
     assert words == {
         "shards phantom", "shards prepare", "shards build", "shards merge", "shards index", "shards views", "shards verify", "shards inspect", "shards nnunet",
         "shards splits", "bench data", "bench step", "bench cost", "bench evaluate", "bench predict", "train", "plan", "submit", "status", "logs", "cancel", "study", "evaluate",
-        "compare", "report", "predict", "export", "mlflow ui", "mlflow merge", "methods", "doctor",
+        "compare", "report", "predict", "export", "mlflow ui", "mlflow merge", "mlflow sync", "methods", "doctor",
     }  # fmt: skip
 
 
@@ -92,6 +92,7 @@ def test_help_names_every_command():
         (("export", "absent", "--out", "o"), ("absent",)),
         (("export", "absent", "--out", "o", "--format", "zip"), ("zip", "safetensors")),
         (("mlflow", "ui", "--runs-dir", "absent"), ("absent", "--runs-dir")),
+        (("mlflow", "sync", "absent", "--to", "http://127.0.0.1:9"), ("absent",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
+from tracked_runs import runs
 
 from mstkd.config import RunConfig
 from mstkd.data.store import ShardStore
@@ -247,6 +248,13 @@ def test_interrupted_it_goes_on_past_a_candidate_that_fails_and_ends_with_a_comp
         assert chosen["method"]["weight"] == (0.5, 2.0)[found["chosen"]] and chosen["method"]["fail_at"] == -1 and chosen["seed"] == 7
         assert chosen["train"]["steps"] == {"light": 3, "heavy": 6}[arm]
     assert {"compare.html", "compare.csv", "primary.csv"} <= {path.name for path in (folder / "comparison").iterdir()}
+    tracked = runs(folder)
+    below = {name: next((above for above, one in tracked.items() if one.info.run_id == run.data.tags.get("mlflow.parentRunId")), None) for name, run in tracked.items()}
+    assert {name for name, above in below.items() if above == "toys"} == {"toys/tuning", "light-seed7", "heavy-seed7", "comparison"} and below["toys"] is None
+    assert {name for name, above in below.items() if above == "toys/tuning"} == {"light-0", "light-1", "heavy-0", "heavy-1"}
+    assert {tracked[name].info.status for name in ("toys", "toys/tuning", "comparison")} == {"FINISHED"} and tracked["light-0"].data.tags["arm"] == "light"
+    assert "heavy against light" in tracked["toys"].data.tags["mlflow.note.content"] and "## Comparison" in tracked["toys"].data.tags["mlflow.note.content"]
+    assert json.loads(tracked["toys"].data.tags["mlflow.loggedArtifacts"])[0]["path"] == "tables/compare.json"
 
     code, said = ended(start(recipe, "arms.heavy.recipe.train.steps=7"))
     assert code == 2 and "run heavy-seed7 was begun with train.steps=6 and is now asked for with 7; undo the change" in said
@@ -257,6 +265,7 @@ def test_interrupted_it_goes_on_past_a_candidate_that_fails_and_ends_with_a_comp
     code, said = ended(start(recipe))
     assert code == 0 and "2 of 2 runs are done, 0 to go" in said
     assert len(before) == 6 and {path: path.stat().st_mtime_ns for path in before} == before
+    assert {name: run.info.run_id for name, run in runs(folder).items()} == {name: run.info.run_id for name, run in tracked.items()}
 
 
 def test_a_failed_run_is_named_and_the_others_have_their_turn(tmp_path):

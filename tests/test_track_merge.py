@@ -20,6 +20,7 @@ from tracked_runs import DATASET, MERGE, client, evaluate, opened, outcomes, poi
 from mstkd.config import load_config
 from mstkd.errors import UserError
 from mstkd.launch import mlflow_cli
+from mstkd.track import open_study
 from mstkd.track.merge import merge
 from mstkd.track.mlflow_tracker import prepare_database, sweep_tags, tracking_uri
 
@@ -170,6 +171,25 @@ def test_experiments_keep_apart(runs_dir):
     outcomes(runs_dir)
     ids = {name: client(runs_dir).get_experiment_by_name(name).experiment_id for name in ("one", "two")}
     assert {name: run.info.experiment_id for name, run in runs(runs_dir).items() if "/" not in name} == {"a": ids["one"], "b": ids["two"]}
+
+
+def test_a_study_is_merged_with_all_its_levels(runs_dir):
+    folder = runs_dir / "toys"
+    final, tried = (load_config("mst_kdnet_phantom", [f"runs_dir={folder}/{kind}", f"name={name}"]) for kind, name in (("runs", "a-seed0"), ("tuning", "a-0")))
+    with open_study(final, folder, ["runs", "tuning"], {"a-seed0": "a", "a-0": "a"}) as study:
+        study.describe("What is asked.")
+        for config in (tried, final):
+            config.run_dir.mkdir(parents=True)
+            train(config, {"student": [0.5]})
+    with open_study(final, folder, ["runs", "tuning"], {"a-seed0": "a", "a-0": "a"}):  # again: the same runs
+        pass
+    assert outcomes(runs_dir) == {"toys": "new"} and outcomes(runs_dir) == {"toys": "unchanged"}
+    found = runs(runs_dir)
+    names = {run.info.run_id: name for name, run in found.items()}
+    above = {name: names.get(run.data.tags.get("mlflow.parentRunId")) for name, run in found.items()}
+    assert above == {"toys": None, "toys/tuning": "toys", "a-0": "toys/tuning", "a-0/student": "a-0", "a-seed0": "toys", "a-seed0/student": "a-seed0"}
+    assert found["toys"].data.tags["mlflow.note.content"] == "What is asked." and found["a-0"].data.tags["arm"] == "a"
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
 
 
 def test_long_histories_arrive_whole_also_after_a_merge_was_killed(runs_dir):

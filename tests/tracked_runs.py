@@ -1,11 +1,17 @@
 """Submitted runs with a data base each, as training leaves them, and a page server to ask."""
 
 import json
+import os
+import signal
+import socket
 import sqlite3
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -85,13 +91,13 @@ def rows(database: Path) -> dict[str, list]:
         return {table: sorted(map(repr, connection.execute(f'select * from "{table}"'))) for table in tables}
 
 
-def sweep(runs_dir: Path, scores: dict[str, list[float]], planned: tuple[str, ...] = ()) -> None:
+def sweep(runs_dir: Path, scores: dict[str, list[float]], planned: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> None:
     """A sweep S over method.tau whose members have these validation scores of the student."""
     (runs_dir / "S").mkdir(exist_ok=True)
     taus = [int(name.removeprefix("S-")) for name in (*scores, *planned)]
     (runs_dir / "S" / "sweep.json").write_text(json.dumps({"axes": {"method.tau": taus}, "runs": [*scores, *planned]}))
     for name, values in scores.items():
-        config = submitted(runs_dir, name, f"method.tau={name.removeprefix('S-')}")
+        config = submitted(runs_dir, name, f"method.tau={name.removeprefix('S-')}", *words)
         train(config, {"student": values})
 
 
@@ -117,3 +123,22 @@ def wait_for(condition, seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+@contextmanager
+def tracking_server(folder: Path) -> Iterator[str]:
+    """The address of a real `mlflow server` that keeps everything in `folder`."""
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder / "files")]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder)
+    try:
+        wait_for(lambda: answers(port, server, folder / "server.log"), seconds=300)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)

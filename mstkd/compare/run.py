@@ -15,7 +15,7 @@ from mstkd.compare.report import write_report
 from mstkd.compare.result import MEAN, ArmSummary, Comparison
 from mstkd.compare.runs import FLOOR, ORACLE, EvaluatedRun, check_comparable, read_run
 from mstkd.compare.statistics import LEVEL, REPLICATES, Replicates, mean_known, seed_spread
-from mstkd.compare.tables import write_tables
+from mstkd.compare.tables import markdown, read_columns, write_tables
 from mstkd.errors import UserError
 from mstkd.track import open_comparison
 
@@ -122,7 +122,8 @@ def _write(comparison: Comparison, arms: Sequence[Arm]) -> None:
     comparison.out.mkdir(parents=True, exist_ok=True)
     per_patient = {arm.label: mean_known(with_mean(arm.scores, arm.patterns)[:, :, -1], axis=0) for arm in arms}
     drawn = figures.draw(comparison, per_patient)
-    files = [*write_tables(comparison), *drawn.values(), comparison.out / "compare.html"]
+    tables = write_tables(comparison)
+    files = [*tables, *drawn.values(), comparison.out / "compare.html"]
     write_report(files[-1], comparison, drawn)
     first = arms[0].runs[0]
     with open_comparison(first.config, first.trained, comparison.out.name) as tracker:
@@ -133,6 +134,9 @@ def _write(comparison: Comparison, arms: Sequence[Arm]) -> None:
                 if cell.difference is not None:
                     values[f"difference/{cell.measure}/{cell.arm}"] = cell.difference.value
                 tracker.log_metrics(values, 0, "compare")
+        tracker.describe(markdown(comparison))
+        for path in tables:
+            tracker.log_table(read_columns(path), f"tables/{path.stem}.json")
         for path in files:
             tracker.log_artifact(path, "compare")
 

@@ -14,6 +14,7 @@ from mstkd.compare.measures import Estimate
 from mstkd.compare.published import PublishedTable
 from mstkd.compare.result import MEAN, Comparison, PairedTest
 from mstkd.compare.tasks import Task
+from mstkd.track.notes import markdown_table
 
 COST_COLUMNS = ("scored_parameters", "trained_parameters", "hours", "seconds_per_case")
 DIFFERENCE_COLUMNS = ("difference", "difference_low", "difference_high")
@@ -43,6 +44,20 @@ def write_tables(comparison: Comparison) -> list[Path]:
     return paths
 
 
+def read_columns(path: Path) -> dict[str, list]:
+    """A written table by column: numbers as such, an empty field as None."""
+    with path.open(newline="") as file:
+        heads, *rows = csv.reader(file)
+    return {head: [_value(row[number]) for row in rows] for number, head in enumerate(heads)}
+
+
+def _value(text: str) -> str | float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
+
+
 def _costs(comparison: Comparison, arm: str) -> list[float | None]:
     return [getattr(comparison.arms[arm].costs, column) for column in COST_COLUMNS]
 
@@ -66,6 +81,20 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         _print_published(published, comparison, console)
     for key, text in (comparison.facts | comparison.conventions).items():
         console.print(f"{key}: {text}", style="dim", highlight=False, markup=False)
+
+
+def markdown(comparison: Comparison) -> str:
+    """The means and their differences to the baseline, for a description."""
+    task, rows = comparison.task, []
+    tests = {(test.arm, test.measure): test for test in comparison.tests}
+    for label, arm in comparison.arms.items():
+        for measure in comparison.measures:
+            if (cell := comparison.cells.get((label, MEAN, measure.key))) is None:
+                continue
+            test, name = tests.get((label, measure.key)), label + f" ({arm.mark})" * bool(arm.mark)
+            rows.append([name, measure.title, measure.unit.text(cell.score.value), measure.unit.difference(cell.difference), _p(test) if test else ""])
+    head = f"{task.title} over {task.pattern}s, against {comparison.baseline}; whole in the artifacts `tables/` and `compare/compare.html`."
+    return f"{head}\n\n{markdown_table(['arm', task.measure, task.score, 'difference [95 %]', 'p, Holm'], rows)}"
 
 
 def _print_published(published: PublishedTable, comparison: Comparison, console: Console) -> None:

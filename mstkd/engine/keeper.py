@@ -120,7 +120,7 @@ class Keeper:
         if figures is None:
             state.best_step = state.step
             return True
-        self.trainer.tracker.log_metrics({f"val/{name}": value for name, value in figures.items()}, state.step, self.stage.name)
+        self.trainer.tracker.log_validation(figures, state.step, self.stage.name)
         score = figures["score"]
         name = "PSNR" if score == figures.get("psnr") else SCORES[self.stage.method.task]
         log.info("stage %s: step %d: validation %s %.4f", self.stage.name, state.step, name, score)

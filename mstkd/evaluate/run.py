@@ -1,7 +1,7 @@
 """`mstkd evaluate RUN`: a run on a split of shard sets."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ from mstkd.evaluate.summary import percent, print_table, summarise, write_json, 
 from mstkd.evaluate.synthesis import (
     COPY, Completion, decibels, four_digits, print_likeness, score_completions, summarise_completions, write_completions,
 )  # fmt: skip
+from mstkd.evaluate.tracked import track
 from mstkd.evaluate.weights import TrainedRun, open_run
-from mstkd.export.tracked import check_model, log_model
+from mstkd.export.tracked import check_model
 from mstkd.run_folder import best_steps, evaluation_folder, recorded
 from mstkd.subsets import Subset, possible_subsets, proper, subset_name
-from mstkd.track import open_evaluation
 
 SCORED = "scored"  # folder of what was scored until all is
 
@@ -164,7 +164,7 @@ class Evaluation:
         write_report(report, f"Evaluation of {name}", facts, summaries, drawn, template)
         _write_summaries(self.folder, summaries)
         shutil.rmtree(self.folder / SCORED, ignore_errors=True)
-        _track(self.run, self.folder, summaries)
+        track(self.run, self.folder, summaries, self.source, len(self.subjects))
         for network, summary in summaries.items():
             oracle = " (oracle)" if summary.get("oracle") else ""
             print_summary(summary, f"{name}, {network}{oracle}, {self.split} split of {self.source.dataset}, {len(self.subjects)} cases")
@@ -292,29 +292,6 @@ def _refuse_postprocess(run: TrainedRun) -> None:
 
 def _pictured(chosen: dict[str, str]) -> dict[str, str]:
     return {"pictured": ", ".join(f"{rank} {subject}" for rank, subject in chosen.items())}
-
-
-def _track(run: TrainedRun, folder: Path, summaries: dict[str, dict]) -> None:
-    """The means, the figures and the tables as a child of the run in MLflow."""
-    with open_evaluation(run.config, run.folder, folder.relative_to(run.folder).as_posix().replace("/", "-")) as tracker:
-        for network, summary in summaries.items():
-            tracker.log_metrics({f"{network}/{name}": value for name, value in _figures(summary) if value is not None}, 0, "evaluation")
-        for path in sorted(folder.iterdir()):
-            if path.is_file():
-                tracker.log_artifact(path, "evaluation")
-        if folder.name == "evaluation":  # of the run itself, once
-            log_model(run, tracker)
-
-
-def _figures(summary: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
-    """Every figure of a summary by its name in MLflow, e.g. "dice/WT/flair+t1" or "psnr/t1->flair"."""
-    if "patterns" in summary:
-        for pattern, cell in (*summary["patterns"].items(), ("mean", summary["mean"])):
-            yield from ((f"{key}/{pattern}", value) for key, value in cell.items())
-        return
-    for subset, regions in (*summary["subsets"].items(), ("mean", summary["mean"])):
-        for region, cell in regions.items():
-            yield from ((f"{key}/{region}/{subset}", value) for key, value in cell.items())
 
 
 def _check_data(run: TrainedRun, source: CaseSource, split: str, subjects: Sequence[str]) -> None:

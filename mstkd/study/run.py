@@ -16,6 +16,7 @@ from mstkd.run_folder import check_prediction, leaves
 from mstkd.study.cohort import prepare_cohort
 from mstkd.study.config import StudyConfig, run_config
 from mstkd.study.runs import AnotherEvaluation, StudyRun, alone, run_all
+from mstkd.study.tracked import track, track_answer
 
 Say = Callable[[str], None]
 
@@ -28,15 +29,17 @@ def run_study(study: StudyConfig, say: Say) -> Path:
     _check_methods(study)
     with alone(study.folder) as lock:
         shards = str(prepare_cohort(study.cohort, study.folder / "cohort", study.jobs)) if study.cohort else ""
-        chosen = tune(study, shards, lock, say)
-        runs = _runs(study, shards, chosen)
-        if failed := _bring_to_end(runs, study, lock, say):
-            raise _failure(study, runs, failed)
-        out = study.folder / "comparison"
-        for name, question in study.comparisons.items():
-            arms = {study.label(arm): [run.folder for run in runs if run.arm == arm] for arm in study.compared(question)}
-            compare(arms, out / name, baseline=study.label(question.baseline), primary=study.label(question.method))
-        return out
+        with track(study, shards) as tracker:
+            chosen = tune(study, shards, lock, say)
+            runs = _runs(study, shards, chosen)
+            if failed := _bring_to_end(runs, study, lock, say):
+                raise _failure(study, runs, failed)
+            out = study.folder / "comparison"
+            for name, question in study.comparisons.items():
+                arms = {study.label(arm): [run.folder for run in runs if run.arm == arm] for arm in study.compared(question)}
+                found = compare(arms, out / name, baseline=study.label(question.baseline), primary=study.label(question.method))
+                track_answer(tracker, name, found)
+            return out
 
 
 def _runs(study: StudyConfig, shards: str, chosen: dict[str, dict[str, Any]]) -> list[StudyRun]:

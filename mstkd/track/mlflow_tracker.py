@@ -1,46 +1,31 @@
 """MLflow through its client alone: one parent run per training run, one child per stage and for the evaluation.
 
-No call reaches the training thread, and no failure of MLflow or its server ends a run. By default nothing here
-tells a host, a user, a path or a subject; only the experiment's artifact folder, on this machine, is a path.
+No call reaches the training thread, and no failure of MLflow or its server ends a run.
 """
 
-import getpass
 import json
 import logging
 import math
-import os
 import re
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's own 7 delay the end of a run by minutes
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from mlflow import MlflowClient  # noqa: E402  (reads the environment above)
-from mlflow.entities import Dataset, DatasetInput, LoggedModel, LoggedModelOutput, Metric, Param, RunTag  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-from mlflow.models import Model  # noqa: E402
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor  # noqa: E402
-from mlflow.telemetry import set_telemetry_client  # noqa: E402
-
-from mstkd.config import RunConfig, resolved  # noqa: E402
-from mstkd.track.database import ARTIFACTS, DATABASE, prepare_database  # noqa: E402, F401  (the launcher's)
-from mstkd.track.protocol import Status, Tracker  # noqa: E402
-
-# others (MONAI) may have imported MLflow earlier, without the environment above
-set_telemetry_client()
-logging.getLogger("mlflow").setLevel(logging.WARNING)
+from mstkd.config import RunConfig, resolved
+from mstkd.track.database import prepare_database  # noqa: F401  (the launcher's)
+from mstkd.track.pictures import validation_bars
+from mstkd.track.protocol import Status, Tracker
+from mstkd.track.session import PARENT, STUDY, RunIds, Session, study_tags, sweep_tags, tracking_uri  # noqa: F401  (the launcher's)
 
 log = logging.getLogger(__name__)
 
 METRICS_PER_CALL = 1000  # MLflow takes no more at once; an evaluation of 27 regions has thousands
-DIGEST_CHARS = 36  # as many as MLflow's data base holds
 IDENTIFYING_FILES = {"per_case.csv", "copy_per_case.csv", "report.html", "config.yaml", "record.json"}  # subject keys, paths
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the page then opens on training runs
 PATH_KEYS = {"runs_dir", "path", "cache_dir", "init_from", "uri"}
 
 
@@ -78,109 +63,6 @@ class Writer:
             return None
 
 
-class RunIds:
-    """`mlflow.json` of a run folder: {"run_id": ..., "children": {name: run id}}."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        ids = json.loads(path.read_text()) if path.exists() else {}
-        self.run_id: str | None = ids.get("run_id")
-        self.children: dict[str, str] = ids.get("children", {})
-
-    def save(self) -> None:
-        partial = self.path.with_suffix(".json.partial")
-        partial.write_text(json.dumps({"run_id": self.run_id, "children": self.children}, indent=2) + "\n")
-        partial.replace(self.path)
-
-
-class Session:
-    """One MLflow experiment and the ids of this run in it. Everything here is called on the writer's thread."""
-
-    def __init__(self, config: RunConfig, run_dir: Path):
-        self.uri = tracking_uri(config, run_dir)
-        self.name = config.name
-        self.identify = config.tracking.identify
-        self.sweep_tags = sweep_tags(run_dir)
-        self.client = MlflowClient(tracking_uri=self.uri)
-        self.ids = RunIds(run_dir / "mlflow.json")
-        # a server says itself where artifacts go; a data base would put them into the working directory
-        artifacts = None if self.uri.startswith("http") else str(_store_folder(config, run_dir) / ARTIFACTS)
-        self.experiment_id = self._experiment(config.tracking.experiment, artifacts)
-
-    def root(self, dataset: dict[str, str]) -> tuple[str, bool]:
-        """(id, whether it existed) of the parent run."""
-        run_id, existed = self._run(self.ids.run_id, self.name, self.sweep_tags)
-        if not existed:
-            self.ids.run_id, self.ids.children = run_id, {}
-            self.ids.save()
-            digest = dataset["digest"][:DIGEST_CHARS]
-            self.client.log_inputs(run_id, [DatasetInput(Dataset(dataset["name"], digest, source_type="mstkd", source="{}"))])
-        return run_id, existed
-
-    def child(self, parent_id: str, name: str) -> tuple[str, bool]:
-        """(id, whether it existed) of the child run `name`."""
-        run_id, existed = self._run(self.ids.children.get(name), f"{self.name}/{name}", {"mlflow.parentRunId": parent_id})
-        self.ids.children[name] = run_id
-        self.ids.save()
-        return run_id, existed
-
-    def _run(self, known: str | None, name: str, tags: dict[str, str]) -> tuple[str, bool]:
-        if known is not None and self.exists(known):
-            self.client.update_run(known, status="RUNNING")
-            return known, True
-        return self.new_run(name, tags), False
-
-    def new_run(self, name: str, tags: dict[str, str]) -> str:
-        source = {"mlflow.user": "mstkd", "mlflow.source.name": "mstkd"}
-        if self.identify:
-            source |= {"mlflow.user": getpass.getuser(), "host": socket.gethostname()}
-        return self.client.create_run(self.experiment_id, run_name=name, tags=source | tags).info.run_id
-
-    def log_model(self, run_id: str, folder: Path, name: str, register: str | None) -> None:
-        """The model in `folder`, which is told its ids, as one that the run `run_id` made."""
-        logged = self.client.create_logged_model(self.experiment_id, name=name, source_run_id=run_id)
-        model = Model.load(str(folder))
-        model.run_id, model.model_id, model.model_uuid, model.artifact_path = run_id, logged.model_id, logged.model_id, name
-        model.save(str(folder / "MLmodel"))
-        self.client.log_model_artifacts(logged.model_id, str(folder))
-        self.client.finalize_logged_model(logged.model_id, "READY")
-        self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-        if register is not None:
-            self._register(logged, run_id, register)
-
-    def _register(self, logged: LoggedModel, run_id: str, name: str) -> None:
-        """As the next version of the registered model `name`."""
-        try:
-            self.client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        # not models:/<id>, which the client would look up where the environment says, not in `uri`
-        version = self.client.create_model_version(name, logged.artifact_location, run_id, model_id=logged.model_id).version
-        # a server does this itself, a data base does not; the page needs it to find the version
-        self.client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": json.dumps([{"name": name, "version": version}])})
-
-    def exists(self, run_id: str) -> bool:
-        try:
-            self.client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # another data base, or a deleted one
-                return False
-            raise
-        return True
-
-    def _experiment(self, name: str, artifacts: str | None) -> str:
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return self.client.create_experiment(name, artifact_location=artifacts, tags=EXPERIMENT_TAGS)
-            except MlflowException:  # a run beside this one was faster
-                experiment = self.client.get_experiment_by_name(name)
-                if experiment is None:
-                    raise
-        return experiment.experiment_id
-
-
 class MlflowTracker(Tracker):
     """One MLflow run. Infinite and NaN values are left out, because they ruin a chart."""
 
@@ -195,6 +77,12 @@ class MlflowTracker(Tracker):
         metrics = [Metric(metric_name(k), float(v), now_ms, step) for k, v in values.items() if math.isfinite(v)]
         self._writer.later(self._log_new, metrics)
 
+    def log_validation(self, figures: dict[str, float], step: int, stage: str) -> None:
+        """Also drawn, which costs a fraction of a second of the writer's thread."""
+        super().log_validation(figures, step, stage)
+        finite = {name: float(value) for name, value in figures.items() if math.isfinite(value)}
+        self._writer.later(lambda: self._session.client.log_image(self.run_id, validation_bars(finite, step, stage), key="validation", step=step))
+
     def log_params(self, params: dict[str, object]) -> None:
         self._writer.later(self._log_missing_params, params)
 
@@ -205,6 +93,18 @@ class MlflowTracker(Tracker):
         """Keep a copy of the file `path`, unless it tells subjects or paths and `tracking.identify` is off."""
         if self._session.identify or Path(path).name not in IDENTIFYING_FILES:
             self._writer.later(self._session.client.log_artifact, self.run_id, str(path), folder)
+
+    def log_table(self, columns: dict[str, list], file: str) -> None:
+        self._writer.later(self._session.log_table, self.run_id, columns, file)
+
+    def log_dataset(self, dataset: dict[str, Any], context: str) -> None:
+        self._writer.later(self._session.log_dataset, self.run_id, dataset, context)
+
+    def describe(self, text: str, heading: str = "") -> None:
+        self._writer.later(self._session.describe, self.run_id, text, heading)
+
+    def whole_run(self) -> Tracker:
+        return MlflowTracker(self._session, self._writer, self._session.ids.run_id, replays=False)
 
     def log_model(self, folder: Path, name: str, register: str | None) -> None:
         self._writer.now(self._session.log_model, self.run_id, folder, name, register)
@@ -270,7 +170,7 @@ def create_sweep_parent(config: RunConfig, name: str, run_dir: Path) -> str:
     return session.new_run(name, {})
 
 
-def open_mlflow(config: RunConfig, run_dir: Path, dataset: dict[str, str]) -> list[Tracker]:
+def open_mlflow(config: RunConfig, run_dir: Path, dataset: dict[str, Any]) -> list[Tracker]:
     """The run's MLflow tracker, its settings logged; [] (and one warning) if MLflow cannot be used."""
     writer = Writer()
 
@@ -295,14 +195,70 @@ class LaterRun(MlflowTracker):
         self._writer.close()
 
 
+class StudyRun(LaterRun):
+    """The run above those of a study; with it end those that stand between."""
+
+    def __init__(self, session: Session, writer: Writer, parents: dict[str, str]):
+        first, *others = parents.values()
+        super().__init__(session, writer, first, replays=False)
+        self._children = [MlflowTracker(session, writer, run_id, replays=False) for run_id in others]
+
+    def child(self, name: str, tags: dict[str, object] | None = None, *, start_step: int | None = None) -> Tracker:
+        raise NotImplementedError("the runs of a study find their parent themselves, see `study_tags`")
+
+
 def open_evaluation(config: RunConfig, run_dir: Path, name: str) -> Tracker:
     """The child run `name` of a tracked training run; one that keeps nothing if there is none or MLflow cannot be used."""
     return _open_later(config, run_dir, lambda session: session.child(session.ids.run_id, name)[0])
 
 
 def open_comparison(config: RunConfig, run_dir: Path, name: str) -> Tracker:
-    """A new run `name` beside a tracked training run, in its experiment; as `open_evaluation` otherwise."""
-    return _open_later(config, run_dir, lambda session: session.new_run(name, {}))
+    """A new run `name` beside a tracked training run, in its experiment, or that of its study, once; as `open_evaluation` otherwise."""
+    study = {name: text for name, text in study_tags(run_dir).items() if name != "arm"}  # it is of several
+
+    def find(session: Session) -> str:
+        known = session.below(study[PARENT], name) if PARENT in study else None
+        return known or session.new_run(name, study)
+
+    return _open_later(config, run_dir, find)
+
+
+def open_study(config: RunConfig, folder: Path, kinds: Sequence[str], arms: dict[str, str]) -> Tracker:
+    """The run above those of a study in `folder`, continued if it exists, and one below it for every kind of run but the first.
+
+    `kinds`: the folders of runs; `arms`: run -> arm; study.json then tells the runs where they belong. `config`: of any of them. A study
+    that was begun without it stays without.
+    """
+    if not (folder / STUDY).is_file() and any((folder / kind).exists() for kind in kinds):
+        return Tracker()
+    writer = Writer()
+
+    def start() -> LaterRun:
+        content = json.loads((folder / STUDY).read_text()) if (folder / STUDY).is_file() else {"mlflow_parents": {}}
+        parents = content["mlflow_parents"]
+        if config.tracking.uri is None:
+            prepare_database(folder)
+        _write_study(folder, {"mlflow_parents": parents, "arms": arms})
+        session = Session(config, folder / kinds[0] / config.name)
+        for kind in kinds:
+            if kind not in parents or not session.exists(parents[kind]):
+                tags = {"study": folder.name} | ({PARENT: parents[kinds[0]]} if kind != kinds[0] else {})
+                parents[kind] = session.new_run(folder.name if kind == kinds[0] else f"{folder.name}/{kind}", tags)
+            session.client.update_run(parents[kind], status="RUNNING")
+        _write_study(folder, {"mlflow_parents": parents, "arms": arms})
+        return StudyRun(session, writer, parents)
+
+    run = writer.now(start)
+    if run is None:
+        writer.close()
+        return Tracker()
+    return run
+
+
+def _write_study(folder: Path, content: dict) -> None:
+    partial = folder / f".{STUDY}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(folder / STUDY)
 
 
 def _open_later(config: RunConfig, run_dir: Path, find: Callable[[Session], str]) -> Tracker:
@@ -320,42 +276,6 @@ def _open_later(config: RunConfig, run_dir: Path, find: Callable[[Session], str]
         writer.close()
         return Tracker()
     return run
-
-
-def tracking_uri(config: RunConfig, run_dir: Path | None = None) -> str:
-    """`tracking.uri`, or the run's own SQLite file if `prepare_database` made one, or the one in `runs_dir`.
-
-    `run_dir`: where the run lies, if not at `config.run_dir`. The last file is created by whoever first opens it.
-    """
-    if config.tracking.uri is not None:
-        return config.tracking.uri
-    folder = _store_folder(config, run_dir or config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / DATABASE}"
-
-
-def _store_folder(config: RunConfig, run_dir: Path) -> Path:
-    """Where this run's data base and artifacts lie, unless `tracking.uri` says otherwise."""
-    own = config.tracking.uri is None and (run_dir / DATABASE).is_file()
-    return Path(run_dir if own else config.runs_dir).resolve()
-
-
-def sweep_tags(run_dir: Path) -> dict[str, str]:
-    """What says that the run in `run_dir` is a member of a sweep: the folder beside it whose sweep.json lists it.
-
-    With a tracking server the sweep's parent exists already, "mlflow_parent" there; else `merge` makes one.
-    """
-    for path in sorted(Path(run_dir).resolve().parent.glob("*/sweep.json")):
-        try:
-            sweep = json.loads(path.read_text())
-            if Path(run_dir).name not in sweep["runs"]:
-                continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is not readable as a sweep (%s: %s): left out", path, type(error).__name__, error)
-            continue
-        parent = sweep.get("mlflow_parent")
-        return {"sweep": path.parent.name, **({"mlflow.parentRunId": parent} if parent else {})}
-    return {}
 
 
 def metric_name(name: str) -> str:

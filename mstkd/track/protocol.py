@@ -5,7 +5,7 @@ the state before training.
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -20,6 +20,10 @@ class Tracker:
     def log_metrics(self, values: dict[str, float], step: int, stage: str) -> None:
         """Keep scalars by name, e.g. {"train/loss": 0.3}, for the state after `step` updates of `stage`."""
 
+    def log_validation(self, figures: dict[str, float], step: int, stage: str) -> None:
+        """Keep the figures of a validation after `step` updates of `stage`, as "val/<name>"."""
+        self.log_metrics({f"val/{name}": value for name, value in figures.items()}, step, stage)
+
     def log_params(self, params: dict[str, object]) -> None:
         """Keep settings by dotted name. The first value stays: a resumed run never changes one."""
 
@@ -28,6 +32,19 @@ class Tracker:
 
     def log_artifact(self, path: Path, folder: str) -> None:
         """Keep a copy of the file `path` under `folder`."""
+
+    def log_table(self, columns: dict[str, list], file: str) -> None:
+        """Keep a table, given by column, as `file`, e.g. "tables/subsets.json"; None: an empty cell."""
+
+    def log_dataset(self, dataset: dict[str, Any], context: str) -> None:
+        """Keep what is read and what for, e.g. "testing": {"name", "digest", and what of "schema" and "profile" is known}."""
+
+    def describe(self, text: str, heading: str = "") -> None:
+        """Say `text`, Markdown, of this run or part, in place of what was said before under the same `heading`, or without one."""
+
+    def whole_run(self) -> "Tracker":
+        """The run that this is a part of, which needs no finishing here."""
+        return self
 
     def log_model(self, folder: Path, name: str, register: str | None) -> None:
         """Keep a copy of the MLflow model in `folder` as `name`, and as the next version of the registered model `register`, if given."""
@@ -67,6 +84,10 @@ class CompositeTracker(Tracker):
         for tracker in self.trackers:
             tracker.log_metrics(values, step, stage)
 
+    def log_validation(self, figures: dict[str, float], step: int, stage: str) -> None:
+        for tracker in self.trackers:
+            tracker.log_validation(figures, step, stage)
+
     def log_params(self, params: dict[str, object]) -> None:
         for tracker in self.trackers:
             tracker.log_params(params)
@@ -78,6 +99,21 @@ class CompositeTracker(Tracker):
     def log_artifact(self, path: Path, folder: str) -> None:
         for tracker in self.trackers:
             tracker.log_artifact(path, folder)
+
+    def log_table(self, columns: dict[str, list], file: str) -> None:
+        for tracker in self.trackers:
+            tracker.log_table(columns, file)
+
+    def log_dataset(self, dataset: dict[str, Any], context: str) -> None:
+        for tracker in self.trackers:
+            tracker.log_dataset(dataset, context)
+
+    def describe(self, text: str, heading: str = "") -> None:
+        for tracker in self.trackers:
+            tracker.describe(text, heading)
+
+    def whole_run(self) -> Tracker:
+        return CompositeTracker([tracker.whole_run() for tracker in self.trackers])
 
     def log_model(self, folder: Path, name: str, register: str | None) -> None:
         for tracker in self.trackers:

@@ -7,9 +7,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, RunTag
 
 from mstkd.config import RunConfig
-from mstkd.track.mlflow_tracker import sweep_tags, tracking_uri
+from mstkd.track.session import NOTE, PARENT, sweep_tags, tracking_uri
 
-PARENT = "mlflow.parentRunId"
 SCORE = "val/score"  # the one figure that ranks a sweep
 
 
@@ -19,9 +18,10 @@ class Ranking:
     Each counts with its best `val/score` in the stage that the most advanced of them has come to; those without one have no rank.
     """
 
-    def __init__(self, client: MlflowClient, experiment_id: str, sweep: str, description: Path):
-        self.client, self.experiment_id = client, experiment_id
-        members = all_runs(client, experiment_id, f"tags.sweep = '{sweep}'")
+    def __init__(self, client: MlflowClient, experiment_id: str, parent_id: str, description: Path):
+        """`description`: the sweep's sweep.json; without it the ranking tells no axes."""
+        self.client, self.experiment_id, self.parent_id = client, experiment_id, parent_id
+        members = all_runs(client, experiment_id, f"tags.`{PARENT}` = '{parent_id}'")
         self.members = sorted(members, key=lambda member: (member.info.run_name, member.info.start_time))
         scores = {member.info.run_id: self._best_scores(member) for member in self.members}
         furthest = max(scores.values(), key=len, default={})
@@ -30,7 +30,7 @@ class Ranking:
         content = json.loads(description.read_text()) if description.is_file() else {"axes": {}, "runs": []}
         self.axes, self.planned = list(content["axes"]), len(content["runs"])
 
-    def log(self, parent_id: str) -> bool:
+    def log(self) -> bool:
         """Write ranks to the members, the table and the state to the parent; False if all was so already."""
         changed = False
         for member in self.members:
@@ -42,8 +42,8 @@ class Ranking:
                 changed |= bool(stale)
             else:
                 changed |= self._tag(member, {"sweep.rank": self._rank(score[0]), "sweep.val_score": f"{score[0]:.6g}"})
-        parent = self.client.get_run(parent_id)
-        changed |= self._tag(parent, {"mlflow.note.content": self._table()})
+        parent = self.client.get_run(self.parent_id)
+        changed |= self._tag(parent, {NOTE: self._table()})
         return changed | self._set_state(parent)
 
     def _best_scores(self, member: Run) -> dict[str, tuple[float, int]]:
@@ -102,8 +102,7 @@ def rank_on_server(config: RunConfig, run_dir: Path) -> None:
     if parent_id := tags.get(PARENT):
         client = MlflowClient(tracking_uri(config, run_dir))
         experiment_id = client.get_run(parent_id).info.experiment_id
-        sweep = tags["sweep"]
-        Ranking(client, experiment_id, sweep, Path(run_dir).resolve().parent / sweep / "sweep.json").log(parent_id)
+        Ranking(client, experiment_id, parent_id, Path(run_dir).resolve().parent / tags["sweep"] / "sweep.json").log()
 
 
 def all_runs(client: MlflowClient, experiment_id: str, filter_string: str = "") -> list[Run]:

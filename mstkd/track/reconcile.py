@@ -9,8 +9,8 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from mstkd.config import RunConfig
-from mstkd.track.mlflow_tracker import RunIds, tracking_uri
 from mstkd.track.protocol import Status
+from mstkd.track.session import RunIds, tracking_uri
 
 
 @dataclass(frozen=True)
