@@ -60,7 +60,7 @@ def test_the_figures_are_those_of_the_completed_case(root, evaluated):
     front = predictor(root)
     source = open_run(root / "runs" / "toy").source
     subjects, found = source.subjects("test"), []
-    with evaluation_mode(front.method), evaluation_mode(front.front.method):
+    with evaluation_mode(*front.methods):
         for subject in subjects:
             sample = source.subject(subject)
             made = front.completer.sample("student", sample, (False, True, False, False))

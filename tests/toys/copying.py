@@ -47,6 +47,7 @@ class Copying(Method):
         return {"both": Role(Fit(self), ("teacher", "student"))}
 
     def predict(self, image, available, network="student"):
+        assert torch.is_grad_enabled() or not self.networks[network].training  # dropout and batch statistics must not act when it is used
         given = available[:, :, None, None]
         mean = (image * given).sum(1, keepdim=True) / given.sum(1, keepdim=True)
         made = self.networks[network](mean) + self.config.noise * torch.randn_like(mean)
