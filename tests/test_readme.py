@@ -103,7 +103,7 @@ def test_every_option_and_key_exists(words, monkeypatch):
 
 # Beginnings of commands that are not run here, and the tests that run the like of them
 ELSEWHERE = {
-    ("submit", "status", "logs", "cancel"): "test_slurm.py", ("doctor",): "test_doctor_slurm.py", ("mlflow",): "test_track_merge.py",
+    ("submit", "status", "logs", "cancel"): "test_slurm.py", ("doctor",): "test_doctor_slurm.py", ("mlflow",): "test_track_merge.py", ("train mst_kdnet_phantom tracking.uri",): "test_track.py",
     ("bench",): "test_bench_step.py", ("study",): "test_study.py", ("compare runs/kd", "compare runs/stargan", "compare runs/uhf"): "test_compare.py",
     ("report runs/mst_kdnet-seed0",): "test_report_page.py", ("shards splits shards/pairs",): "test_shards_splits.py",
     ("train mst_kdnet_brats2024", "train uhf_ibsr18", "evaluate runs/uhf_pairs", "plan"): "test_plan.py",  # of full size
@@ -141,11 +141,14 @@ def at_desk(tmp_path_factory):
 
     run(["shards", "build", "--spec", "phantom", "--src", "demo/nifti", "--out", "demo/shards"])
     run(["train", "mst_kdnet_phantom"])
+    run(["evaluate", "runs/mst_kdnet_phantom"])
     for name in ("mst_kdnet_brats2024", "fold0", "fold1"):
         shutil.copytree(folder / "runs" / "mst_kdnet_phantom", folder / "runs" / name)
     return run
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_commands_run_in_their_order(at_desk):
     assert len(HERE) > 45
     for words in HERE:
@@ -171,6 +174,7 @@ def test_every_other_program_is_known():
         assert (ROOT / "tests" / test).exists(), beginning
 
 
+@pytest.mark.slow
 def test_the_demo(tmp_path):
     """launch/demo.sh in a copy of the project, in an environment that it takes for set up, with the words that make it small."""
     copy, environment = tmp_path / "copy", tmp_path / "environment"
