@@ -19,7 +19,8 @@ from mstkd.engine.environment import Ranks
 from mstkd.errors import FailedElsewhereError, UserError
 from mstkd.evaluate.cases import Row
 from mstkd.evaluate.kept import KeptScores
-from mstkd.evaluate.run import SCORED, evaluate_run
+from mstkd.evaluate.evaluation import SCORED
+from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.scoring import Score
 from mstkd.evaluate.sharing import score_each, shared_out
 from mstkd.evaluate.synthesis import Completion, Likeness
