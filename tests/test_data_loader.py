@@ -163,6 +163,14 @@ def test_unlabelled_subjects_of_a_labelled_set_are_dropped(tmp_path):
     assert open_training(data_config(folder), 0, complete_only=False).dropped == ["a0"]
 
 
+def test_where_nobody_can_be_trained_on_the_reason_is_said(tmp_path):
+    unlabelled = write_set(tmp_path / "s", TARS, unlabelled=[key for tar in TARS for key in tar])
+    with pytest.raises(UserError, match=r"each of the \d+ training subjects lacks the label$"):
+        open_training(data_config(unlabelled), 0, complete_only=False)
+    with pytest.raises(UserError, match=r"lacks a sequence or the label; this method trains on complete subjects, monai_network"):
+        open_training(data_config(unlabelled), 0, complete_only=True)
+
+
 def test_a_set_without_labels_gives_batches_without_label(tmp_path):
     folder = write_set(tmp_path / "s", TARS, unlabelled=[key for tar in TARS for key in tar], label_scheme=None)
     assert all(batch.label is None for batch in micro_batches(data_config(folder), total_steps=1).values())

@@ -34,14 +34,14 @@ SEGMENT = [*(word for word in TINY if "steps" not in word), "train.steps=1", "tr
 UNETS = ["data.crop=[32,32,32]", "train.steps=1", "inference.overlap=0", *LITTLE]
 SLICES = ["data.slices.size=16", "data.slices.min_brain=0.4", "train.steps=1", "train.micro_batch=2", "inference.batch=64", *LITTLE]
 SMALLER = {  # by recipe: the words that make it small
-    "mst_kdnet_phantom": SEGMENT, "student_only_phantom": SEGMENT, "kd_phantom": UNETS, "monai_network_phantom": UNETS,
+    "mst_kdnet_phantom": SEGMENT, "kd_phantom": UNETS, "monai_network_phantom": UNETS,
     "shaspec_phantom": ["data.crop=[32,32,32]", "method.network.width=4", "train.steps={complete: 1, missing: 1}", "method.warm_restart=1", "inference.overlap=0", *LITTLE],
     "m2dn_phantom": [*SLICES, "method.network={width: 4, bottleneck: 4}", "method.sampler.steps=2"],
     "one_shot_phantom": [*SLICES, "method.network={width: 4, bottleneck: 4}"],
     "voxel_regression_phantom": SLICES,
     "utad_net_phantom": [*SLICES, "method.network={width: 4, levels: 2}", "method.critic={width: 4, layers: 3}"],
     "uhf_phantom": [*SMALL_UHF, "train.steps=1", *LITTLE],
-    "shaspec_digits_phantom": ["train.epochs=null", "train.steps=2", "method.width=8", *LITTLE],
+    "shaspec_digits_phantom": ["train.epochs=null", "train.steps=2", "method.width=8", *LITTLE, "train.global_batch=64"],
 }  # fmt: skip
 
 def commands() -> list[list[str]]:

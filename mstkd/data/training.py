@@ -72,6 +72,9 @@ def open_training(config: DataConfig, seed: int, complete_only: bool, slices: Sl
     stores, sets, dropped = _open(config, complete_only)
     if dropped:
         log.warning("%d training subjects dropped, a sequence or the label is missing: %s", len(dropped), ", ".join(dropped))
+        if not any(tar for tars in sets for tar in tars):
+            lacks = "a sequence or the label; this method trains on complete subjects, monai_network for example on any" if complete_only else "the label"
+            raise UserError(f"data.shards: each of the {len(dropped)} training subjects lacks {lacks}")
     if config.slices is not None:
         slices = find_slices(stores, sets, config) if slices is None else slices
         dropped += _without_slices(sets, slices)
