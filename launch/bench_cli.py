@@ -9,12 +9,16 @@ import typer
 from mstkd.errors import UserError
 from mstkd.launch.shards_cli import print_table
 
+JsonFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.")]
+TrainedRun = Annotated[Path | None, typer.Option(metavar="RUN", help="A trained segmentation, on its test split, instead of generated cases.")]
+CaseSize = Annotated[int, typer.Option(min=32, max=256, help="Voxels per axis of generated cases.")]
+
 bench = typer.Typer(help="Measure this machine, beside the usual ways.")
 
 
 @bench.command()
 def data(
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.")] = None,
+    json: JsonFile = None,
     volumes: Annotated[int, typer.Option(min=3, help="How many subjects to generate.")] = 32,
     shape: Annotated[str, typer.Option(metavar="X,Y,Z", help="Voxels of each of a subject's four volumes.")] = "128,160,128",
     seconds: Annotated[float, typer.Option(help="Per contender, over all rounds.")] = 10.0,
@@ -40,7 +44,7 @@ def data(
 
 @bench.command()
 def step(
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.")] = None,
+    json: JsonFile = None,
     crop: Annotated[str, typer.Option(metavar="X,Y,Z", help="Voxels of the crop.")] = "96,96,96",
     full: Annotated[bool, typer.Option("--full", help="The published crop, 160,192,128.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often each contender has its turn.")] = 3,
@@ -61,7 +65,7 @@ def step(
 def cost(
     recipe: Annotated[list[str], typer.Option(help="A recipe; give several to compare them, ratios are to the first.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Dotted recipe keys to change in all of them.")] = None,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.")] = None,
+    json: JsonFile = None,
     given: Annotated[str, typer.Option(metavar="SUBSET", help="The sequences that the student sees.")] = "flair+t1+t1ce+t2",
     iterations: Annotated[int, typer.Option(min=1, help="Timed ones, of training and of test.")] = 30,
 ) -> None:
@@ -82,10 +86,10 @@ def cost(
 
 @bench.command()
 def evaluate(
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.")] = None,
-    run: Annotated[Path | None, typer.Option(metavar="RUN", help="A trained segmentation, on its test split, instead of generated cases.")] = None,
+    json: JsonFile = None,
+    run: TrainedRun = None,
     cases: Annotated[int, typer.Option(min=1, help="How many cases.")] = 2,
-    size: Annotated[int, typer.Option(min=32, max=256, help="Voxels per axis of generated cases.")] = 96,
+    size: CaseSize = 96,
     full: Annotated[bool, typer.Option("--full", help="Generated cases of 176 voxels per axis, of 1 mm.")] = False,
 ) -> None:
     """Scoring every subset of sequences, beside the straightforward loop: one pass per subset, MONAI's metrics on whole volumes.
@@ -105,10 +109,10 @@ def evaluate(
 
 @bench.command()
 def predict(
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.")] = None,
-    run: Annotated[Path | None, typer.Option(metavar="RUN", help="A trained segmentation, on its test split, instead of generated cases.")] = None,
+    json: JsonFile = None,
+    run: TrainedRun = None,
     cases: Annotated[int, typer.Option(min=1, help="How many cases; the contenders take turns on each.")] = 3,
-    size: Annotated[int, typer.Option(min=32, max=256, help="Voxels per axis of generated cases.")] = 96,
+    size: CaseSize = 96,
 ) -> None:
     """Inference of whole cases beside MONAI's SlidingWindowInferer: the same network, window, overlap and Gaussian weights; time and peak memory.
 

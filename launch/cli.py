@@ -177,7 +177,8 @@ def predict(
     from mstkd.methods import load
     from mstkd.run_folder import read_run_config
 
-    overrides, folders = ([word for word in runs if ("=" in word) == wanted] for wanted in (True, False))
+    folders = [word for word in runs if "=" not in word or Path(word).is_dir()]  # a folder's name may hold a =
+    overrides = [word for word in runs if word not in folders]
     if not folders:
         raise UserError("mstkd predict: no RUN given, only recipe keys")
     label_options = {"postprocess": postprocess, "complete": complete, "part": part, "probabilities": probabilities, "uncertainty": uncertainty, "overlay": overlay}

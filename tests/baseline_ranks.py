@@ -17,6 +17,8 @@ SEQUENCES = ("flair", "t1", "t1ce", "t2")
 START = Progress(step=0, epoch=0, total_steps=10, total_epochs=100)
 STEPS = 2
 RECIPES = {"uhf_guided": "uhf", "uhf_guided_2d": "uhf_2d"}  # where a recipe is not called as its method is
+UHF = {"network": {"width": 2, "keeper_width": 1, "critic_width": 2}, "base": {"arguments": {"width": 5}}}
+NARROWER = {"uhf_guided": UHF, "uhf_guided_2d": UHF, "shaspec": {"network": {"width": 4, "blocks": [1, 1, 1, 1]}}}  # than their recipes
 WIDE = ("shaspec",)  # on a map of two voxels every channel's mean is the same, and the norm of its global context sees rounding alone
 
 
@@ -25,10 +27,10 @@ def phantom(name: str) -> RunConfig:
 
 
 def small(name: str, sequences: tuple[str, ...] = SEQUENCES, **changes) -> Method:
-    """The method of its phantom recipe, with the same weights each time."""
+    """The method of its phantom recipe or a narrower one, with the same weights each time."""
     config = phantom(name)
     torch.manual_seed(0)
-    return build(config.method | changes, DataFacts(sequences, LABEL_SCHEMES["brats2018"], crop_of(name)), config.origin)
+    return build(config.method | NARROWER.get(name, {}) | changes, DataFacts(sequences, LABEL_SCHEMES["brats2018"], crop_of(name)), config.origin)
 
 
 def crop_of(name: str) -> tuple[int, int, int]:

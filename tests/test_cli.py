@@ -201,3 +201,4 @@ def test_no_color_is_respected_on_a_terminal(no_color, coloured):
         subprocess.run([MSTKD, *words], env=env | {"TERM": "xterm-256color"}, stdout=theirs, stderr=theirs, timeout=300)
         shown = os.read(ours, 65536).decode()
         assert shown.strip() and (re.search(r"\x1b\[[0-9;]*3[0-7]m", shown) is not None) == coloured, shown
+    os.close(ours), os.close(theirs)

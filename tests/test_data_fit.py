@@ -84,7 +84,7 @@ def test_too_small_a_square_ends_the_start_with_one_line(phantom_shards):
 def test_completed_cases_are_not_interpolated(phantom_shards):
     source = CaseSource(open_training(DataConfig(shards=str(phantom_shards), slices=SliceConfig(size=48, fit="pad"), workers=0), 0, True).stores)
     method = build({"name": "toys.copying"}, DataFacts(source.sequences, source.label_scheme, None, slice_size=48))
-    nn.init.constant_(method.networks["student"].weight, 0.5)
+    nn.init.constant_(method.networks["student"].eval().weight, 0.5)
     sample = source.subject(source.subjects("test")[0])
     completer = Completer(method, source.sequences, SliceConfig(size=48, fit="pad"), InferenceConfig(batch=8), torch.device("cpu"))
     with torch.no_grad():

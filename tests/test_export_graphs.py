@@ -38,7 +38,7 @@ OTHERS = {
         {"network": {"architecture": "DynUNet", "arguments": DYNUNET}},
         (16, 16, 16),
     ),
-    "SwinUNETR": ("monai_network", {"network": {"architecture": "SwinUNETR", "arguments": {"feature_size": 12}}}, (64, 64, 64)),
+    "SwinUNETR": ("monai_network", {"network": {"architecture": "SwinUNETR", "arguments": {"feature_size": 12, "depths": [2, 1, 1, 1]}}}, (64, 32, 32)),  # one block with shifted windows
 }
 
 

@@ -247,7 +247,8 @@ def test_what_no_case_can_help_ends_with_one_line_and_code_2(run, cases, tmp_pat
     fails("--part 3/2: give I/N", run, "--part", "3/2")
     fails("no RUN given", "inference.overlap=0.5")
     fails("is not a run folder", run, tmp_path / "empty")
-    fails("overlop", run, "inference.overlop=0.5")
+    (tmp_path / "lr=3").symlink_to(run)
+    fails("overlop", tmp_path / "lr=3", "inference.overlop=0.5")
 
 
 # lists

@@ -125,7 +125,7 @@ PROGRAMS = {  # what is no `mstkd`: who runs it, "" where nobody does
 def at_desk(tmp_path_factory):
     """Runs a command in a folder as a reader has it after the demo, and after training on data of their own, with everything small."""
     folder, server = tmp_path_factory.mktemp("desk"), processes()
-    write_phantom(folder / "demo" / "nifti", subjects=40, size=32, seed=0)
+    write_phantom(folder / "demo" / "nifti", subjects=24, size=32, seed=0)
     for name in ("data/BraTS2024-GLI", "data/new", "cases"):
         for case in sorted((folder / "demo" / "nifti").iterdir())[:3]:
             shutil.copytree(case, folder / name / case.name)
