@@ -113,8 +113,8 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys of how it predicts: inference.*, evaluate.*, a sampler's.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Another shard set than the run's own.")] = None,
-    split: Annotated[str, typer.Option(help="Which subjects of it: test or val.")] = "test",
+    data: Annotated[str | None, typer.Option(help="Another shard set than the run's own.")] = None,
+    split: Annotated[str, typer.Option(help="Which subjects of it: test, val, train or all.")] = "test",
     allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Score cases that training saw; the report says so.")] = False,
     postprocess: Postprocess = None,
     complete: Annotated[Path | None, typer.Option(metavar="RUN", help="A synthesis run: the networks see every sequence, completed by it.")] = None,

@@ -18,7 +18,7 @@ def compare(
     published: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Print a paper's table beside ours, e.g. mst_kdnet_brats2024 or utad_brats2020; may be repeated.")
     ] = None,
-    shards: Annotated[Path | None, typer.Option(metavar="DIR", help="The test cases' shard set, if it is not where the runs found it.")] = None,
+    shards: Annotated[str | None, typer.Option(metavar="DIR", help="The test cases' shard set, if it is not where the runs found it.")] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.", min=0)] = 0,
 ) -> None:
     """Compare evaluated runs of segmentation or of synthesis on their common test set: means, differences with intervals, paired tests, figures.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from mstkd.config import CheckpointConfig
 from mstkd.errors import UserError
 from mstkd.launch.doctor_finding import Finding, amount, fail, ok, warn
 
@@ -62,12 +63,16 @@ def newest_checkpoint(runs_dir: Path) -> KnownCheckpoint | None:
         return None
     folder = max(found)[1]
     run = folder.parents[2]
+    stage, reached = folder.parents[1].name, int(folder.name.removeprefix("step-"))
     try:
-        keep = read_run_config(run).checkpoint.keep
+        config = read_run_config(run)
+        steps = config.train.steps
+        steps = steps.get(stage, reached) if isinstance(steps, dict) else steps or reached  # of epochs only the data knows
+        copies = config.checkpoint.most_copies(steps)
     except UserError:
-        keep = 2
+        copies = CheckpointConfig().most_copies(reached)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return KnownCheckpoint(run.name, size, keep + 2)  # the best one, and the one being written
+    return KnownCheckpoint(run.name, size, copies)
 
 
 def cache(thing: str, variable: str, mounts: Path = MOUNTS) -> Finding:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from mstkd.errors import UserError
-from mstkd.recipe import assign, find_recipe, parse_override, read_json, read_yaml, validate_section
+from mstkd.recipe import find_recipe, read_json, read_with_overrides, validate_section
 
 
 class Section(BaseModel):
@@ -99,8 +99,6 @@ class AvailabilityConfig(Section):
     @field_validator("subsets", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        if value == "all":
-            return None
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -213,6 +211,10 @@ class CheckpointConfig(Section):
     keep_every: int | None = Field(None, ge=1)  # and those of every n-th step
     on_failure: Literal["stop", "continue"] = "stop"  # when one cannot be written (disk full); the last sound one stays
     background: bool = False  # updates go on while it is written: each rank's files then lie in host memory first
+
+    def most_copies(self, steps: int) -> int:
+        """Of a stage of so many steps, at one moment: the newest ones, the best one, the one being written, those of every n-th step."""
+        return self.keep + 2 + (steps // self.keep_every if self.keep_every else 0)
 
 
 class WatchdogConfig(Section):
@@ -378,13 +380,7 @@ def load_config(recipe: str, overrides: list[str] = ()) -> RunConfig:
 
 def read_recipe(path: Path, overrides: list[str] = ()) -> RunConfig:
     """As `load_config`, for the file at `path`."""
-    values, lines = read_yaml(path)
-    origin = {key: f"{path.name}:{line}" for key, line in lines.items()}
-    for override in overrides:
-        key, value = parse_override(override)
-        assign(values, key, value, override)
-        origin = {k: v for k, v in origin.items() if k != key and not k.startswith(key + ".")}
-        origin[key] = f"override {override!r}"
+    values, origin = read_with_overrides(path, overrides)
     config = validate_section(RunConfig, values, "", path.name, origin)
     config._origin = origin
     return config

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mstkd.engine.backend import RoleSettings
+from mstkd.engine.backend import PLAIN_BUCKET, RoleSettings
 from mstkd.traffic import REUSED, Elements
 
 FP32 = 4  # bytes
-ALLREDUCE_BUCKET = 500_000_000  # elements; of ZeRO-0
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ def role_memory(settings: RoleSettings, config: dict, elements: Elements, world:
     stage, whole, part = settings.zero_stage, FP32 * elements.all, FP32 * elements.all / world
     moments = moments_of(settings) * (whole if stage == 0 else part)
     if stage == 0:
-        return Memory(whole, whole, moments, 0, FP32 * min(elements.all, ALLREDUCE_BUCKET) if world > 1 else 0)
+        bucket = min(elements.all, PLAIN_BUCKET + elements.largest)  # it is full when a tensor goes over its size
+        return Memory(whole, whole, moments, 0, FP32 * bucket if world > 1 else 0)
     buckets = _buckets(config, elements, stage)
     if stage < 3:
         # ZeRO-1 holds whole gradients, and beside them the rank's own part of their mean

@@ -159,14 +159,12 @@ class _Planner:
         resting = {network: networks[network] for network in networks if network not in trained}
         steps = total_steps(config, name, self.training.order.items_per_epoch)
         checkpoint, best = sum(role.checkpoint for role in roles.values()) + averages, weight_bytes([networks[network] for network in trained])
-        # the newest ones, the best one and the one being written
-        copies = config.checkpoint.keep + 2 + (steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0)
         return StagePlan(
             name, steps, list(roles.values()), frozen={network: _count(module) for network, module in resting.items()},
             frozen_bytes=sum(self._resting_bytes(name, network) for network in resting) + averages,
             frozen_host_bytes=sum(self._host_bytes(name, network) for network in resting),
             batch=sum(t.untyped_storage().nbytes() for t in vars(self.batch).values() if isinstance(t, torch.Tensor)),
-            checkpoint=checkpoint, best=best, disk=copies * checkpoint + best + steps / config.train.log_every * LOG_LINE,
+            checkpoint=checkpoint, best=best, disk=config.checkpoint.most_copies(steps) * checkpoint + best + steps / config.train.log_every * LOG_LINE,
         )  # fmt: skip
 
     def _role(self, name: str, role: Role, activations: int | None) -> RolePlan:

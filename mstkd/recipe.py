@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,26 @@ def read_yaml(path: Path) -> tuple[dict, dict[str, int]]:
     if not isinstance(values, dict):
         raise UserError(f"{path.name}: expected a mapping of keys to values")
     return values, dict(_key_lines(node, ""))
+
+
+def read_with_overrides(path: Path, overrides: Sequence[str]) -> tuple[dict, dict[str, str]]:
+    """A YAML mapping with dotted overrides, and where each dotted key was given: "recipe.yaml:12" or "override ..."."""
+    values, lines = read_yaml(path)
+    values = _unshared(values)
+    origin = {key: f"{path.name}:{line}" for key, line in lines.items()}
+    for override in overrides:
+        key, value = parse_override(override)
+        assign(values, key, value, override)
+        origin = {k: v for k, v in origin.items() if k != key and not k.startswith(key + ".")}
+        origin[key] = f"override {override!r}"
+    return values, origin
+
+
+def _unshared(value: Any) -> Any:
+    """What anchors share is shared no more: an override changes the key that it names alone."""
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
 
 
 def read_json(path: str) -> dict:

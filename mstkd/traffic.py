@@ -21,6 +21,7 @@ class Elements:
     half: int  # sent in 16 bits
     kept: int  # whole on every rank under ZeRO-3
     kept_half: int  # both
+    largest: int  # of one tensor
 
 
 def count_elements(step: nn.Module, autocast: bool, persistent: int = PERSISTENT) -> Elements:
@@ -32,6 +33,7 @@ def count_elements(step: nn.Module, autocast: bool, persistent: int = PERSISTENT
         half=sum(n for n, is_half in sizes if is_half),
         kept=sum(n for n, _ in sizes if n <= persistent),
         kept_half=sum(n for n, is_half in sizes if is_half and n <= persistent),
+        largest=max((n for n, _ in sizes), default=0),
     )
 
 

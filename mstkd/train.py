@@ -152,7 +152,7 @@ def chosen_stages(config: RunConfig, method: Method, given: set[str]) -> list[st
     asked, left_out = methods.stage_names(config.method, config.stages), stages_left_out(method, given)
     chosen = [name for name in method.stages if (asked is None or name in asked) and name not in left_out]
     if not chosen:
-        raise UserError(f"stages: teacher.path gives what {', '.join(config.stages)} would train; ask for the other stages, or remove teacher.path")
+        raise UserError(f"stages: teacher.path gives what {', '.join(asked or method.stages)} would train; ask for the other stages, or remove teacher.path")
     return chosen
 
 

@@ -133,4 +133,4 @@ def train(folder=None, steps=10, stop_after=None, zero=1, precision="fp32", meth
     for engine in engines.values():
         engine.destroy()
     return {"rows": trainer.tracker.rows, "artifacts": trainer.tracker.artifacts, "weights": weights, "finished": finished,
-            "state": vars(trainer.state), "step": trainer.state.step, "skipped": trainer.update.skipped, "counters": counters}  # fmt: skip
+            "state": vars(trainer.state), "step": trainer.state.step, "skipped": trainer.state.skipped_updates, "counters": counters}  # fmt: skip

@@ -28,9 +28,10 @@ def train(name: str = "m2dn", count: int = 4, train: dict | None = None, **secti
     engines = {role: RoleEngine(role, parts, config.train, MICRO_BATCHES // ranks.world, ranks.device) for role, parts in method.roles("train").items()}
     stage = Stage("train", config, method, engines, count, 8, batches=None, validate=None, plain_copy=None)
     update, meter = Update(stage, ranks, {role: Averages(engine, method.networks, ranks) for role, engine in engines.items()}), Meter(ranks)
+    applied = []
     for step in range(count):
-        update([(j, make_batch(seed=10 * step + j)) for j in range(ranks.rank, MICRO_BATCHES, ranks.world)], stage.progress(step), meter)
-    found = {"before": before, "figures": meter.flush(count), "skipped": update.skipped}
+        applied.append(update([(j, make_batch(seed=10 * step + j)) for j in range(ranks.rank, MICRO_BATCHES, ranks.world)], stage.progress(step), meter))
+    found = {"before": before, "figures": meter.flush(count), "skipped": applied.count(False)}
     for engine in engines.values():
         with engine.whole_weights():
             found["after"] = weights(method)

@@ -176,6 +176,8 @@ def test_a_segmentation_is_scored_on_what_each_case_of_the_set_has(root, complet
     summary = evaluate_run(root / "runs" / "downstream")
     assert list(summary["subsets"]) == ["present"] and summary["mean"]["WT"]["n"] == len(read_splits(completed).test)
     assert summary["mean"]["WT"]["assd_mm"] > 0
+    assert evaluate_run(root / "runs" / "downstream", data=completed) == summary  # the run's own set, shown as its recipe says
+    assert not (root / "runs" / "downstream" / "evaluation" / f"{completed.name}-test").exists()
 
 
 def test_the_completed_set_takes_other_splits(root, run, tmp_path):

@@ -122,6 +122,16 @@ def test_the_disk_must_hold_another_checkpoint_like_the_newest(config, gib, stat
     assert finding.state == state and config.name in finding.what and f"{config.checkpoint.keep + 2} checkpoints" in finding.what
 
 
+def test_checkpoints_that_are_kept_for_good_are_counted(config):
+    folder = config.run_dir / "student" / "checkpoints" / "step-00000100"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    recipe = yaml.safe_load((config.run_dir / "config.yaml").read_text())
+    recipe["checkpoint"]["keep_every"], recipe["train"]["steps"] = 10, 500
+    (config.run_dir / "config.yaml").write_text(yaml.safe_dump(recipe))
+    assert f"{config.checkpoint.keep + 2 + 50} checkpoints" in doctor_files.disk(Path(config.runs_dir)).what
+
+
 def test_a_folder_that_is_yet_to_be_made_is_judged_by_the_one_above(tmp_path):
     finding = doctor_files.disk(tmp_path / "not" / "yet")
     assert str(tmp_path) in finding.what and not (tmp_path / "not").exists()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from mstkd.batch import Progress
 from mstkd.config import ScheduleConfig
 from mstkd.engine.schedule import lr_factor
+from mstkd.engine.stop import StopFlag
 
 
 def curve(result, name="train/loss_networks"):
@@ -76,6 +78,21 @@ def test_non_finite_update_is_skipped_and_counted(two_ranks, tmp_path, zero, pre
         assert all(np.isfinite(v).all() for net in result["weights"].values() for v in net.values())
     rows = dict(curve(results[0]))
     assert 4 not in rows and 5 not in rows and math.isfinite(rows[10])
+
+
+def test_skipped_updates_are_counted_over_a_resume(two_ranks, tmp_path):
+    words = {"folder": str(tmp_path), "method": {"nan_at": [3, 8]}}
+    assert [result["skipped"] for result in two_ranks.run("engine_ranks.py", "train", **words, stop_after=5)] == [1, 1]
+    assert [result["skipped"] for result in two_ranks.run("engine_ranks.py", "train", **words)] == [2, 2]
+
+
+def test_only_a_second_interrupt_ends_at_once():
+    flag = StopFlag()
+    flag.set(signal.SIGUSR2)
+    flag.set(signal.SIGINT)  # the first one
+    assert flag.reason == "SIGINT"
+    with pytest.raises(KeyboardInterrupt):
+        flag.set(signal.SIGINT)
 
 
 def test_too_many_non_finite_updates_end_the_run(two_ranks, tmp_path):

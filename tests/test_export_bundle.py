@@ -144,6 +144,15 @@ def test_the_bundles_script_normalises_as_predict_does(run, intensity, monkeypat
     assert torch.allclose(seen[0], expected.image, atol=1e-5)
 
 
+def test_an_image_of_one_value_but_for_rare_voxels_is_the_minimum(run):
+    """As for `predict`, where a percentile range of no width is not divided by."""
+    raw = np.full((20, 20, 20), 7, np.float32)
+    raw[3, 3, 3] = 9
+    facts = {"kind": "percentile", "percentile": "0.5", "interval": [-1, 1]}
+    found = bundle_case._normalised(raw, np.ones(raw.shape, bool), [(0, 0)] * 3, facts)
+    assert (found == -1).all()
+
+
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [

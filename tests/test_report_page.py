@@ -126,6 +126,12 @@ def test_heat_maps_hold_the_figures_of_the_summary(run, html):
             assert texts == ["" if figure is None else f"{factor * figure:.1f}" for figure in figures]
 
 
+def test_it_is_told_how_long_a_case_took(run, html):
+    seconds = json.loads((run / "evaluation" / "cost.json").read_text())["student"]["seconds_per_case"]
+    (row,) = [row for table in Tables(html).tables for row in table if row[0] == "one case"]
+    assert row[1] == f"{seconds:.3g} s (CPU)"
+
+
 def test_viewers_hold_what_the_run_predicts_and_what_was_scored(run, html):
     found, trained = cases(html), open_run(run)
     subjects = trained.source.subjects("test")

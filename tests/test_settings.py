@@ -5,7 +5,8 @@ import json
 import pytest
 from short_runs import TINY
 
-from mstkd.config import OptimizerConfig, RunConfig, TrainConfig, load_config, resolved
+from mstkd.config import AvailabilityConfig, OptimizerConfig, RunConfig, TrainConfig, load_config, resolved
+from mstkd.data.availability import Availability
 from mstkd.engine.backend import check_role
 from mstkd.engine.backend.settings import deepspeed_config, role_settings
 from mstkd.errors import UserError
@@ -26,6 +27,23 @@ AUTO_FILE = {
     "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000, "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False,
 }  # fmt: skip
+
+
+def test_an_override_changes_the_role_that_it_names_and_no_other():
+    """In the recipe one anchor stands for all of them."""
+    before = {name: role.optimizer.lr for name, role in load_config("uhf_phantom").train.roles.items()}
+    after = {name: role.optimizer.lr for name, role in load_config("uhf_phantom", ["train.roles.base.optimizer.lr=0.5"]).train.roles.items()}
+    assert after == before | {"base": 0.5} != before
+
+
+def test_a_mistake_below_an_overridden_key_is_the_overrides():
+    with pytest.raises(UserError, match=r"override 'checkpoint=\{keep: 0\}': checkpoint.keep"):
+        load_config("mst_kdnet_phantom", ["checkpoint={keep: 0}"])
+
+
+def test_there_is_no_fixed_draw_of_all_subsets():
+    with pytest.raises(UserError, match="subset 'all'.*flair, t1, t1ce, t2"):
+        Availability(AvailabilityConfig(kind="fixed", subsets="all"), ("flair", "t1", "t1ce", "t2"))
 
 
 def role(optimizer: str = "adam", **declared) -> Role:

@@ -81,6 +81,14 @@ def test_ssim_is_one_for_equal_images_and_agrees_with_another_implementation():
         assert ssim(image, truth) == pytest.approx(theirs.mean().item(), abs=1e-4)
 
 
+def test_ssim_of_a_volume_looks_at_windows_that_lie_inside_it_along_every_axis():
+    draws = np.random.default_rng(1)
+    truth = draws.random((20, 16, 13)).astype(np.float32)
+    image = np.clip(truth + 0.2 * draws.standard_normal(truth.shape), 0, 1).astype(np.float32)
+    theirs, _ = compute_ssim_and_cs(torch.tensor(image)[None, None], torch.tensor(truth)[None, None], 3, (11,) * 3, (1.5,) * 3)
+    assert ssim(image, truth) == pytest.approx(theirs.mean().item(), abs=1e-4)
+
+
 def test_a_rectangle_is_the_smallest_one_and_grows_to_the_window_inside_the_image():
     mask = np.zeros((40, 30), bool)
     assert rectangle(mask) is None

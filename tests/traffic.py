@@ -81,6 +81,7 @@ def _elements(tensors: list) -> dict:
         "half": sum(n for p, n in tensors if get_comm_dtype(p) == torch.bfloat16),
         "kept": sum(n for _, n in tensors if n <= PERSISTENT),
         "kept_half": sum(n for p, n in tensors if n <= PERSISTENT and get_comm_dtype(p) == torch.bfloat16),
+        "largest": max(n for _, n in tensors),
     }
 
 

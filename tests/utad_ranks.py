@@ -37,12 +37,13 @@ def train(stage: str, name: str = "utad_net", count: int = 5, train: dict | None
         return str(error)
     ready = Stage(stage, config, method, engines, count, 8, batches=None, validate=None, plain_copy=None)
     update, meter = Update(ready, ranks, {role: Averages(engine, method.networks, ranks) for role, engine in engines.items()}), Meter(ranks)
+    applied = []
     for step in range(count):
         mine = [(j, make_batch(size=SIZES[name], seed=10 * step + j)) for j in range(ranks.rank, MICRO_BATCHES, ranks.world)]
-        update(mine, ready.progress(step), meter)
+        applied.append(update(mine, ready.progress(step), meter))
     figures = meter.flush(4)
     found = {
-        "before": before, "figures": figures, "skipped": update.skipped,
+        "before": before, "figures": figures, "skipped": applied.count(False),
         "updates": {role: engine._engine.global_steps for role, engine in engines.items()},
     }  # fmt: skip
     with engines["generator"].whole_weights():

@@ -30,7 +30,7 @@ class Cohort:
         return [subject for part in folds for subject in (*part.train, *part.val)]
 
 
-def read_patients(runs: Sequence[EvaluatedRun], shards: Path | None = None) -> tuple[dict[str, str], list[str]]:
+def read_patients(runs: Sequence[EvaluatedRun], shards: Path | str | None = None) -> tuple[dict[str, str], list[str]]:
     """(test subject -> patient, names of the runs whose training data was not at hand), from the runs' shard sets or from `shards`.
 
     Raises UserError: no set says who the test subjects are; a run was trained or selected on a patient of its test

@@ -46,7 +46,7 @@ def compare(
     """
     groups = _read(runs)
     everything = [run for arm_runs in groups.values() for run in arm_runs]
-    patient, unchecked = read_patients(everything, Path(shards) if shards else None)
+    patient, unchecked = read_patients(everything, shards)
     axes = common_axes(everything, patient)
     tables = [_published(name, axes) for name in published]
     arms = build_arms(with_references(groups), axes)

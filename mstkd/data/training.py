@@ -48,9 +48,14 @@ class TrainingSet:
         return staged_ahead(map(self.order.item, positions), self.stores, WINDOWS_AHEAD * self.order.window)
 
 
+def open_store(place: str, config: DataConfig) -> ShardStore:
+    """The shard set in a folder or at an address, staged, checked and shown as a recipe's `data:` section says."""
+    return ShardStore(place, config.cache_dir, config.cache_gib, config.verify_sha256, config.synthetic == "hide")
+
+
 def open_stores(config: DataConfig) -> list[ShardStore]:
     """The shard sets of a recipe. Raises UserError if they differ in sequences, label scheme or classes."""
-    stores = [ShardStore(shards.path, config.cache_dir, config.cache_gib, config.verify_sha256, config.synthetic == "hide") for shards in config.shards]
+    stores = [open_store(shards.path, config) for shards in config.shards]
     first = stores[0]
     for store in stores[1:]:
         for fact in ("sequences", "label_scheme", "classification"):

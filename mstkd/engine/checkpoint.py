@@ -47,6 +47,7 @@ class TrainState:
     validated_step: int | None = None  # the last step whose validation is done
     finished: bool = False
     bad_samples: int = 0  # skipped so far, by all ranks in all attempts
+    skipped_updates: int = 0  # because of non-finite gradients, in all attempts
     failed_saves: int = 0  # in all attempts that could save afterwards
     frozen: dict[str, dict[str, str]] = field(default_factory=dict)  # networks that the stage uses and does not train: "path", "sha256"
 

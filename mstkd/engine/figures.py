@@ -1,9 +1,9 @@
 """What a log line says: the figures of the updates since the last one."""
 
 import logging
+import resource
 from datetime import timedelta
 
-import psutil
 import torch
 
 from mstkd.engine.meter import Meter
@@ -42,6 +42,7 @@ def say_figures(stage: Stage, step: int, figures: dict[str, float]) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak device memory of this process on a GPU, else its resident memory now, in GiB (1024^3 bytes)."""
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-    return used / 1024**3
+    """Peak device memory of this process on a GPU, else the peak of its resident memory, in GiB (1024^3 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1024**3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # which Linux counts in KiB

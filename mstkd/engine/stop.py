@@ -20,17 +20,19 @@ def weightier(reason: str | None, other: str | None) -> str | None:
 
 
 class StopFlag:
-    """`reason` names the first signal received, or is None."""
+    """`reason` names the weightiest signal received, or is None."""
 
     def __init__(self):
         self.reason: str | None = None
+        self._interrupted = False
 
     def __bool__(self) -> bool:
         return self.reason is not None
 
     def set(self, number: int, _frame=None) -> None:
-        if self.reason is not None and number == signal.SIGINT:
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C is impatience, not a request
+        self._interrupted |= number == signal.SIGINT
         self.reason = weightier(self.reason, signal.Signals(number).name)
 
 

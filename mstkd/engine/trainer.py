@@ -82,7 +82,8 @@ class Trainer:
         self.trace.before(self.state.step + 1)
         micro_batches = self._next(batches)
         self.heartbeat.at("step")
-        self.update(micro_batches, self.stage.progress(self.state.step), self.meter)
+        applied = self.update(micro_batches, self.stage.progress(self.state.step), self.meter)
+        self.state.skipped_updates += not applied
         self.state.step += 1
         self.heartbeat.at("step", step=self.state.step)
         self.meter.step_done()
@@ -150,7 +151,7 @@ class Trainer:
 
     def _log_figures(self) -> None:
         step = self.state.step
-        figures = collect_figures(self.stage, step, self.meter, self.update.skipped, self.ranks.device)
+        figures = collect_figures(self.stage, step, self.meter, self.state.skipped_updates, self.ranks.device)
         self.tracker.log_metrics(figures, step, self.stage.name)
         self.heartbeat.beat.steps_per_s = figures["time/steps_per_s"]
         say_figures(self.stage, step, figures)

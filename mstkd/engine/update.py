@@ -22,15 +22,15 @@ log = logging.getLogger(__name__)
 
 
 class Update:
-    """Called once per step; counts the updates that non-finite gradients made it skip."""
+    """Called once per step; ends a run that non-finite gradients make skip too many in a row."""
 
     def __init__(self, stage: Stage, ranks: Ranks, averages: dict[str, Averages]):
         self.stage, self.ranks, self.averages = stage, ranks, averages
-        self.skipped = self._skipped_in_a_row = 0
+        self._skipped_in_a_row = 0
         self._flops: dict[str, int] = {}  # of one micro-batch, by role
 
-    def __call__(self, micro_batches: MicroBatches, progress: Progress, meter: Meter) -> None:
-        """Every role that is due runs all its micro-batches and updates, in the declared order.
+    def __call__(self, micro_batches: MicroBatches, progress: Progress, meter: Meter) -> bool:
+        """Every role that is due runs all its micro-batches and updates, in the declared order. False if non-finite gradients made one skip its update.
 
         Raises TrainingError after more than `train.max_skipped` skipped updates in a row.
         """
@@ -42,6 +42,7 @@ class Update:
                 done = self._run_role(engine, micro_batches, carry, progress, meter)
                 applied, rescaled = applied and done, rescaled and (done or engine.rescaled)
         self._count_skip(applied, rescaled, progress.step)
+        return applied
 
     def _run_role(self, engine: RoleEngine, micro_batches: MicroBatches, carry: dict[int, dict], progress: Progress, meter: Meter) -> bool:
         engine.set_lr_factor(lr_factor(engine.schedule, progress))
@@ -91,7 +92,6 @@ class Update:
 
     def _count_skip(self, applied: bool, rescaled: bool, step: int) -> None:
         """`rescaled`: where it was skipped, fp16's loss scale was lowered, which is how it finds its value and no failure yet."""
-        self.skipped += not applied
         if applied:
             self._skipped_in_a_row = 0
         elif not rescaled:

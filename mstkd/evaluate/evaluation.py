@@ -117,7 +117,7 @@ def _write_summaries(folder: Path, summaries: dict[str, dict[str, Any]]) -> None
 def cost_of(predictor: Predictor | Completer) -> dict[str, Any]:
     """By network: how long one case took from one subset, completion included, and where slices are completed one slice; on this rank.
 
-    The peak is the whole evaluation's: of the GPU's memory, without one what the process holds at its end.
+    The peak is the whole evaluation's: of the GPU's memory, without one of the process's resident memory.
     """
     front = predictor.completion_seconds if isinstance(predictor, CompletingPredictor) else None
     cost = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mstkd.console import log_to_console
-from mstkd.data.store import ShardStore
+from mstkd.data.training import open_store
 from mstkd.engine import backend
 from mstkd.engine.distributed import agreed
 from mstkd.engine.environment import resolve_environment
@@ -22,7 +22,7 @@ from mstkd.subsets import Subset, possible_subsets, proper
 
 
 def evaluate_on_ranks(
-    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, postprocess: str | None = None,
+    run_dir: Path, data: Path | str | None = None, split: str = "test", allow_overlap: bool = False, postprocess: str | None = None,
     complete: Path | None = None, overrides: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """`evaluate_run`, cases shared out over the ranks that a launcher started."""
@@ -38,20 +38,20 @@ def evaluate_on_ranks(
 
 
 def evaluate_run(
-    run_dir: Path, data: Path | None = None, split: str = "test", allow_overlap: bool = False, rank: int = 0, world: int = 1,
+    run_dir: Path, data: Path | str | None = None, split: str = "test", allow_overlap: bool = False, rank: int = 0, world: int = 1,
     postprocess: str | None = None, complete: Path | None = None, overrides: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Score a run's best weights for every subset of sequences or views and write `<run>/evaluation/`; returns summary.json.
 
-    `data` is another shard set than the run's own, `postprocess` another rule than its `inference.postprocess`, `complete` a synthesis run
-    instead of its `evaluate.complete`; `overrides` change other keys of its recipe that say how it predicts. Raises
-    UserError: no run, no such split, other sequences, regions or classes, cases that training saw (unless `allow_overlap`
+    `data` is another shard set than the run's own, a folder or an address, `postprocess` another rule than its `inference.postprocess`,
+    `complete` a synthesis run instead of its `evaluate.complete`; `overrides` change other keys of its recipe that say how it predicts.
+    Raises UserError: no run, no such split, other sequences, regions or classes, cases that training saw (unless `allow_overlap`
     or the recipe's `data.allow_overlap`). Collective with several ranks; rank 0 writes.
     """
     changes = [*overrides, *([f"evaluate.complete={complete}"] if complete else [])]
     run = open_run(run_dir, tasks=tuple(TASKS), painters=True, overrides=changes).postprocessed(postprocess)
     front = _front(run, run.config.evaluate.complete) if run.config.evaluate.complete else None
-    source = CaseSource([ShardStore(data)]) if data else run.source
+    source = CaseSource([open_store(str(data), run.config.data)]) if data else run.source
     subjects = source.subjects(split, run.config.data.fold)
     _check_data(run, source, split, subjects)
     check_model(run)

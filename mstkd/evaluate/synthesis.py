@@ -34,8 +34,8 @@ from mstkd.subsets import Subset, all_subsets, part_of, subset_name
 
 WINDOW = 11  # pixels per axis of SSIM's
 REACH = WINDOW // 2  # of a window beyond its centre
+WHOLE = (slice(None), slice(None))  # slice
 IDENTICAL_DB = 100.0  # PSNR of identical images, which has no end
-WHOLE = (slice(None), slice(None))
 COUNTS = ("n", "local_n")
 EXTRA = {"z_gradient": "z\ngradient", "spectrum_db": "spectrum\ndB", "lpips": "LPIPS"}  # key -> heading; in summaries where every case has them
 COPY = "copy"  # in place of a network: the first of the given sequences, taken for the one that is missing
@@ -82,11 +82,11 @@ def psnr(image: Image, truth: Image) -> float:
 
 
 def ssim(image: Image, truth: Image) -> float:
-    """Structural similarity (Wang et al., IEEE TIP 2004) of images in [0, 1], at least WINDOW pixels per axis.
+    """Structural similarity (Wang et al., IEEE TIP 2004) of images, or volumes, in [0, 1], at least WINDOW pixels per axis.
 
-    Gaussian window of 11 x 11, sigma 1.5, K1 0.01, K2 0.03; mean over the windows that lie inside the image.
+    Gaussian window of 11 pixels per axis, sigma 1.5, K1 0.01, K2 0.03; mean over the windows that lie inside the image.
     """
-    return float(_ssim_map(image, truth)[_inner(WHOLE)].mean())
+    return float(_ssim_map(image, truth)[_inner((slice(None),) * image.ndim)].mean())
 
 
 def _squared_error(image: Image, truth: Image) -> NDArray[np.float64]:
@@ -99,7 +99,7 @@ def _ratio(error: float) -> float:
 
 
 def _ssim_map(image: Image, truth: Image) -> NDArray[np.float64]:
-    """SSIM of the window round each pixel (S, S); of those nearer than REACH to an edge a part lies outside."""
+    """SSIM of the window round each pixel; of those nearer than REACH to an edge a part lies outside."""
     # in float32 the rounding of variances shows beside K2 where an image is flat
     image, truth = image.astype(np.float64), truth.astype(np.float64)
     options = dict(data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)

@@ -95,6 +95,8 @@ def _normalised(raw, inside, pads, intensity):
     elif kind == "reference_minmax":
         low, high = min(low, 0.0), max(high, 0.0)
     floor, ceiling = intensity["interval"]
+    if high <= low:  # all but the rarest voxels have one value: everything is the minimum
+        return np.full(z.shape, floor, np.float32)
     per_raw = (ceiling - floor) / (high - low)
     background = floor - low * per_raw if kind == "reference_minmax" else floor
     scaled = z * np.float32(std * per_raw) + np.float32((mean - low) * per_raw + floor)

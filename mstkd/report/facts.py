@@ -44,7 +44,7 @@ def cost(runs: Sequence[ReportedRun]) -> Table:
 def _cost(run: ReportedRun) -> dict[str, str]:
     counts, hours = parameter_counts(run.folder), training_hours(run.folder)
     records, tried = read_records(run.folder / "metrics.jsonl"), attempts.read(run.folder)
-    timed = prediction_cost(run.folder, run.entries[0].network)
+    timed = prediction_cost(run.folder / "evaluation", run.entries[0].network)
     last = {stage: max(record["step"] for record in part) for stage, part in groupby(records, lambda record: record["stage"])}
 
     def logged(name: str, over: Callable, form: str) -> str | None:

@@ -1,13 +1,12 @@
 """The recipe of a study: what its arms share, what each one changes, and the question fixed before looking."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from mstkd.config import RunConfig, Section
-from mstkd.recipe import assign, find_recipe, parse_override, read_yaml, validate_section
+from mstkd.recipe import find_recipe, read_with_overrides, validate_section
 
 
 class PairsConfig(Section):
@@ -159,13 +158,7 @@ class StudyConfig(Section):
 def load_study(recipe: str, overrides: list[str] = ()) -> StudyConfig:
     """A study's recipe with dotted overrides. Raises UserError, also for an arm whose own recipe cannot be right."""
     path = find_recipe(recipe)
-    values, lines = read_yaml(path)
-    values = json.loads(json.dumps(values))  # what anchors share is shared no more: an override changes the arm that it names
-    origin = {key: f"{path.name}:{line}" for key, line in lines.items()}
-    for override in overrides:
-        key, value = parse_override(override)
-        assign(values, key, value, override)
-        origin[key] = f"override {override!r}"
+    values, origin = read_with_overrides(path, overrides)
     study = validate_section(StudyConfig, values, "", path.name, origin)
     for name in study.arms:
         for candidate in ({}, *study.arms[name].tune):
