@@ -85,7 +85,7 @@ def submit(
 ) -> None:
     """Submit a recipe to SLURM, with an evaluation as the last job.
 
-    Example: mstkd submit mst_kdnet_brats2024 --cluster gpu --nodes 4 data.shards=/data/brats2024
+    Example: mstkd submit mst_kdnet_brats2024 --cluster gpu --nodes 4 train.global_batch=16 data.shards=/data/brats2024
 
     Example: mstkd submit mst_kdnet_phantom --cluster devcluster --sweep method.tau=4,7,10 seed=0,1,2
     """

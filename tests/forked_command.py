@@ -27,5 +27,6 @@ def _main(words: list[str], folder: str) -> None:
     from mstkd.launch import cli
 
     os.chdir(folder)
+    sys.path.insert(0, folder)  # PYTHONPATH=.
     sys.argv = ["mstkd", *words]
     cli.main()

@@ -27,6 +27,7 @@ from mstkd.study.config import load_study
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.S | re.M)
+SCRIPT = re.compile(r"^```python\n# (\S+\.py)\n(.*?)^```", re.S | re.M)
 HEREDOC = re.compile(r"<<'(\w+)'\n.*?^\1$", re.S | re.M)
 
 LITTLE = ["data.workers=0", "train.global_batch=2", "validate.max_cases=1", "validate.every_steps=100", "checkpoint.every_steps=100"]
@@ -43,6 +44,13 @@ SMALLER = {  # by recipe: the words that make it small
     "uhf_phantom": [*SMALL_UHF, "train.steps=1", *LITTLE],
     "shaspec_digits_phantom": ["train.epochs=null", "train.steps=2", "method.width=8", *LITTLE, "train.global_batch=64"],
 }  # fmt: skip
+
+def write_scripts(folder: Path) -> None:
+    """What readers put into files of their own."""
+    for name, code in SCRIPT.findall(README):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(code)
+
 
 def commands() -> list[list[str]]:
     """The words of every simple command, in reading order."""
@@ -83,8 +91,10 @@ def parsed(words: list[str]) -> tuple[str, dict]:
 
 
 @pytest.mark.parametrize("words", OURS, ids=shlex.join)
-def test_every_option_and_key_exists(words, monkeypatch):
+def test_every_option_and_key_exists(words, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    write_scripts(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     command, given = parsed(words)
     recipe, overrides = given.get("recipe"), given.get("overrides") or []
     if command == "study":
@@ -117,7 +127,7 @@ HERE = [words for words in OURS if not " ".join(words).startswith(NOT_HERE)]
 PROGRAMS = {  # what is no `mstkd`: who runs it, "" where nobody does
     "launch/demo.sh": "test_readme.py", "tests/run.sh": "../.ci/run", "launch/wheelhouse.sh": "test_airgap.py", "wheelhouse/wheelhouse.sh": "test_airgap.py",
     "slurm/devcluster/": "devcluster.py", "mlflow models serve": "test_export_mlflow.py", "launch/complete_or_distil.sh": "test_complete_or_distil.py",
-    "python -": "test_export_mlflow.py", "source ": "", "export ": "", "xdg-open ": "", "apptainer ": "", "python -m venv peers": "", "peers/bin/pip ": "",
+    "python -": "test_export_mlflow.py", "git clone ": "", "cd ": "", "python3 -m venv ": "", "pip install -c ": "../launch/setup_env.sh", "source ": "", "export ": "", "xdg-open ": "", "apptainer ": "", "python -m venv peers": "", "peers/bin/pip ": "",
 }  # fmt: skip
 
 
@@ -125,6 +135,7 @@ PROGRAMS = {  # what is no `mstkd`: who runs it, "" where nobody does
 def at_desk(tmp_path_factory):
     """Runs a command in a folder as a reader has it after the demo, and after training on data of their own, with everything small."""
     folder, server = tmp_path_factory.mktemp("desk"), processes()
+    write_scripts(folder)
     write_phantom(folder / "demo" / "nifti", subjects=24, size=32, seed=0)
     for name in ("data/BraTS2024-GLI", "data/new", "cases"):
         for case in sorted((folder / "demo" / "nifti").iterdir())[:3]:
