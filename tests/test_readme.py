@@ -20,7 +20,8 @@ from mstkd.launch import cli
 from mstkd.launch.cluster import load_cluster
 from mstkd.launch.submit import prepare
 from mstkd.method_list import entries
-from mstkd.methods import available_methods, read_config
+from mstkd.methods import available_methods, load, read_config
+from mstkd.shards.dataset import load_spec
 from mstkd.shards.phantom import write_phantom
 from mstkd.study.config import load_study
 
@@ -109,6 +110,16 @@ def test_every_option_and_key_exists(words, monkeypatch, tmp_path):
     elif recipe is not None:
         for name in recipe if isinstance(recipe, list) else [recipe]:
             assert read_config(load_config(name, overrides).method)
+
+
+def test_the_files_shown_are_what_they_are_said_to_be(tmp_path):
+    data_set, recipe, cluster = re.findall(r"^```yaml\n(.*?)^```", README, re.S | re.M)
+    for name, text in (("mine", data_set), ("my", recipe), ("cluster", cluster)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert load_spec(str(tmp_path / "mine.yaml")).sequences and load_cluster(str(tmp_path / "cluster.yaml")).tasks_per_node == 4
+    config = load_config(str(tmp_path / "my.yaml"))
+    load(config.method["name"]).check_crop(read_config(config.method), config.data.crop)
+    assert not load_config(str(tmp_path / "my.yaml"), ["train.epochs=null", "train.steps=500"]).train.epochs
 
 
 # Beginnings of commands that are not run here, and the tests that run the like of them
