@@ -40,7 +40,7 @@ def difference_map(comparison: Comparison, arm: str, limits: Mapping[Unit, float
     """Differences to the baseline, a row per pattern and their mean, a panel per unit; its colours end at +-`limits`."""
     rows, panels = [*comparison.patterns, MEAN], by_unit(comparison.measures)
     widths = [len(measures) for measures in panels.values()]
-    size = (1.7 + 1.2 * len(panels) + 0.95 * sum(widths), 1.4 + 0.32 * len(rows))
+    size = (1.7 + 1.2 * len(panels) + 0.95 * sum(widths), max(1.4 + 0.32 * len(rows), 2.4))  # no lower than the words beside the colours
     figure = Figure(figsize=size, layout="constrained")
     for axes, (unit, measures) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0], panels.items()):
         values = np.array([[_difference(comparison, arm, pattern, measure) for measure in measures] for pattern in rows])
@@ -54,7 +54,7 @@ def difference_map(comparison: Comparison, arm: str, limits: Mapping[Unit, float
             text = f"{value:+.{unit.digits}f}" if np.isfinite(value) else "-"
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if strong else "black")
         axes.tick_params(length=0)
-        figure.colorbar(image, ax=axes, label=f"{unit.change} (blue: better)", shrink=0.6)
+        figure.colorbar(image, ax=axes, label=f"{unit.change}\n(blue: better)", shrink=0.6)
     figure.suptitle(f"{arm}\nminus {comparison.baseline}", fontsize=10)
     figure.savefig(path, dpi=130)
 
