@@ -250,14 +250,14 @@ class InferenceConfig(Section):
 
 class ValidateConfig(Section):
     every_steps: int = Field(1000, ge=1)
-    subsets: list[str] | None = None  # e.g. ["flair", "t1+t1ce"]; default: all 2^M - 1
+    subsets: list[str] | None = None  # e.g. ["flair", "t1+t1ce"]; default: all 2^M - 1, or as evaluate.given says
     max_cases: int | None = Field(None, ge=1)  # first n of the fold's validation subjects
 
 
 class EvaluateConfig(Section):
     networks: list[str] | None = None  # default: all that the method scores
     complete: str | None = None  # a synthesis run: what a case is not given is completed by it first, and the networks see every sequence
-    given: Literal["subsets", "present"] = "subsets"  # present: each case once, with all that it has, instead of every subset
+    given: Literal["subsets", "present"] = "subsets"  # present: each case once, with all that it has, instead of every subset; validation alike
     hd95: Literal["directed_max", "pooled"] = "directed_max"
     empty: Literal["penalty", "reference"] = "penalty"  # one-empty HD95: the image diagonal, or 0 as in the reference code
     assd: bool = False  # the average symmetric surface distance, too

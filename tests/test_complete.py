@@ -8,15 +8,19 @@ from collections import Counter
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import yaml
 from tiny_shards import write_set
 from trained_run import make_run, write_run
 
 from mstkd.complete import Given, complete
+from mstkd.config import ValidateConfig
 from mstkd.data.store import ShardStore
 from mstkd.data.training import open_stores
+from mstkd.engine.environment import Ranks
 from mstkd.errors import UserError
 from mstkd.evaluate.run import evaluate_run
+from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import open_run
 from mstkd.launch.cli import main
 from mstkd.run_folder import read_run_config
@@ -178,6 +182,22 @@ def test_a_segmentation_is_scored_on_what_each_case_of_the_set_has(root, complet
     assert summary["mean"]["WT"]["assd_mm"] > 0
     assert evaluate_run(root / "runs" / "downstream", data=completed) == summary  # the run's own set, shown as its recipe says
     assert not (root / "runs" / "downstream" / "evaluation" / f"{completed.name}-test").exists()
+
+
+def test_a_validation_gives_each_case_what_it_has_or_says_that_no_case_has_what_was_asked_for(root, completed):
+    config = read_run_config(root / "runs" / "toy")
+    hidden = config.data.model_copy(update={"shards": [config.data.shards[0].model_copy(update={"path": str(completed)})], "synthetic": "hide"})
+    config = config.model_copy(update={"data": hidden, "evaluate": config.evaluate.model_copy(update={"given": "present"})})
+    ranks, stores, method = Ranks(0, 1, 0, torch.device("cpu")), open_stores(hidden), open_run(root / "runs" / "toy").method
+
+    def validated(subsets):
+        return Validation(config.model_copy(update={"validation": ValidateConfig(subsets=subsets)}), stores, ranks)
+
+    found = validated(None)(method, lambda: False)
+    assert 0 <= found["score"] <= 1 and "dice_present" in found
+    assert validated(["flair", "t1", "t1ce", "t2"])(method, lambda: False, complete=True) is None  # no case has every sequence
+    with pytest.raises(UserError, match=r"validate.subsets: none of the \d+ validation cases has .*; set validate.subsets=null, and evaluate.given=present"):
+        validated(["flair+t1+t1ce+t2"])
 
 
 def test_the_completed_set_takes_other_splits(root, run, tmp_path):

@@ -11,6 +11,7 @@ from mstkd.data.sample import Sample, ViewSample
 from mstkd.data.store import ShardStore
 from mstkd.errors import UserError
 from mstkd.shards.spec import Classification, LabelScheme
+from mstkd.subsets import Subset
 
 SPLITS = ("test", "val", "train", "all")
 
@@ -67,9 +68,14 @@ class CaseSource:
         """Keys of a split: "test", "val" or "train" of the fold, or "all". Raises UserError if there is no such split."""
         return [key for store in self.stores for key in split_subjects(store, split, fold)]
 
+    def having(self, subset: Subset, subjects: Sequence[str]) -> list[str]:
+        """Those of `subjects` that have every sequence of `subset`."""
+        wanted = {name for name, there in zip(self.sequences, subset, strict=True) if there}
+        return [key for key in subjects if wanted <= {*self._store_of[key].subjects[key].sequences}]
+
     def complete(self, subjects: Sequence[str]) -> list[str]:
         """Those of `subjects` that have every sequence."""
-        return [key for key in subjects if set(self._store_of[key].subjects[key].sequences) == set(self.sequences)]
+        return self.having((True,) * len(self.sequences), subjects)
 
 
 def split_subjects(store: ShardStore, split: str, fold: int = 0) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Scores during training, on the fold's validation cases alone."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,38 +19,48 @@ from mstkd.evaluate.synthesis import pattern_scores, score_completions
 from mstkd.methods import Method, load
 from mstkd.subsets import Subset, parse_subset, possible_subsets, proper, subset_name
 
+log = logging.getLogger(__name__)
+
 
 class Validation:
     """Mean Dice, accuracy, SSIM or PSNR of one network over validation cases; the same figures on every rank."""
 
     def __init__(self, config: RunConfig, stores: Sequence[ShardStore], ranks: Ranks, possible: Sequence[str] | None = None):
-        """`possible`: see `Method.subsets`. Raises UserError if `validate.subsets` names an unknown sequence, or a subset not among these,
-        or one that leaves nothing to synthesise."""
+        """`possible`: see `Method.subsets`. Raises UserError if `validate.subsets` names an unknown sequence, a subset not among these,
+        one that leaves nothing to synthesise, or none that a validation case has."""
         self.config, self.ranks = config, ranks
         self.source = CaseSource(stores)
         self.subjects = self.source.subjects("val", config.data.fold)[: config.validation.max_cases]
         self.subsets = self._chosen(possible)
+        if self.subjects and self.subsets is not None and not any(self.source.having(subset, self.subjects) for subset in self.subsets):
+            raise UserError(
+                f"validate.subsets: none of the {len(self.subjects)} validation cases has all sequences of one of them; "
+                "set validate.subsets=null, and evaluate.given=present to give each case what it has"
+            )
 
-    def _chosen(self, possible: Sequence[str] | None) -> list[Subset]:
+    def _chosen(self, possible: Sequence[str] | None) -> list[Subset] | None:
+        """None: each case once, given all that it has."""
         names, sequences = self.config.validation.subsets, self.source.sequences
-        synthesis = load(self.config.method["name"]).task == "synthesis"
+        task = load(self.config.method["name"]).task
         if not names:
+            if self.config.evaluate.given == "present" and task == "segmentation" and possible is None:
+                return None
             subsets = possible_subsets(sequences, possible)
-            return proper(subsets) if synthesis else subsets
+            return proper(subsets) if task == "synthesis" else subsets
         try:
             chosen = [parse_subset(name, sequences) for name in names]
         except UserError as error:
             raise UserError(f"validate.subsets: {error}") from None
         if strange := [subset for subset in chosen if subset not in possible_subsets(sequences, possible)]:
             raise UserError(f"validate.subsets: the method cannot be given {subset_name(sequences, strange[0])}; choose from {', '.join(possible)}, or remove the key")
-        if synthesis and proper(chosen) != chosen:
+        if task == "synthesis" and proper(chosen) != chosen:
             raise UserError(f"validate.subsets: {'+'.join(sequences)} leaves nothing to synthesise; remove it from the list")
         return chosen
 
     def __call__(self, method: Method, stopping: Callable[[], bool], network: str | None = None, complete: bool = False) -> dict[str, float] | None:
         """"score", the mean over subsets x regions, which selects the best checkpoint, and its parts
         "dice_<region>" and "dice_<subset>"; of a classification the mean accuracy over subsets and "accuracy_<subset>"; of a
-        synthesis the mean SSIM over patterns, "ssim" and "psnr" (dB), and "ssim_<target>"; of one of `painters` PSNR (dB), and "ssim". None without validation cases. Collective.
+        synthesis the mean SSIM over patterns, "ssim" and "psnr" (dB), and "ssim_<target>"; of one of `painters` PSNR (dB), and "ssim". None where no case can be scored. Collective.
 
         `network`: by default the first that the method scores. One that `sees_all` is scored on complete input alone; with `complete` any.
         `stopping`, collective too, is asked before each case; raises Stopped when it says so.
@@ -103,7 +114,10 @@ class Validation:
         psnr, ssim = (float(np.mean([getattr(row.score, key) for row in rows])) for key in ("psnr", "ssim"))
         return {"score": psnr, "psnr": psnr, "ssim": ssim}
 
-    def _dice(self, rows: Sequence[Row]) -> dict[str, float]:
+    def _dice(self, rows: Sequence[Row]) -> dict[str, float] | None:
+        if not rows:
+            log.warning("no validation case has every sequence: nothing is scored, and the newest weights count as the best")
+            return None
         cells: dict[tuple[str, str], list[float]] = {}
         for row in rows:
             cells.setdefault((row.subset, row.region), []).append(row.score.dice)
