@@ -43,6 +43,7 @@ from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import safetensors_of
 from mstkd.methods import DataFacts, Method, Role
 from mstkd.models.recompute import recompute
+from mstkd.precision import check_precision
 from mstkd.teacher_source import given_networks, refuse_seen, sources_of, stages_left_out
 from mstkd.track import NullTracker, Tracker
 from mstkd.tracked import track
@@ -60,7 +61,7 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
     startup.reached("imports")
     ranks = resolve_environment()
     set_determinism(config.train.deterministic)
-    backend.check_precision(config.train.precision, ranks.device)
+    check_precision(config.train.precision, ranks.device)
     config.train.accumulation(ranks.world)
     methods.read_config(config.method, config.origin)
     methods.check_input(config.method, config.data)

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from mstkd.batch import hide
 from mstkd.config import InferenceConfig
-from mstkd.evaluate.inference import AUTOCAST, evaluation_mode
+from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.sharing import shared_out
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import mean_known, percent
 from mstkd.methods import Method
+from mstkd.precision import autocast
 from mstkd.subsets import Subset, all_subsets, subset_name
 
 BLOCK_CASES = 64  # given to a network together; always the same ones, so that the rank count changes nothing
@@ -96,7 +97,7 @@ def _logits(method: Method, network: str, views: dict[str, Tensor], subset: Subs
     first = next(iter(views.values()))
     available = torch.tensor(subset, device=first.device).expand(len(first), -1)
     visible = {name: hide(view, available[:, m], method.intensity.hidden_value) for m, (name, view) in enumerate(views.items())}
-    with torch.autocast(first.device.type, AUTOCAST.get(inference.precision), enabled=inference.precision in AUTOCAST):
+    with autocast(first.device, inference.precision):
         return method.predict(visible, available, network).float()
 
 

@@ -25,12 +25,11 @@ from mstkd.data.sample import Sample
 from mstkd.errors import UserError
 from mstkd.evaluate.postprocess import clear_components, postprocess
 from mstkd.methods import Method
+from mstkd.precision import autocast
 from mstkd.shards.geometry import ras_spacing_mm, restore, restore_scores
 from mstkd.shards.spec import LabelScheme, SubjectMeta
 from mstkd.subsets import Subset
 
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EPSILON = 1e-6  # probabilities stay so far from 0 and 1 when they become logits again
 
 
@@ -77,7 +76,7 @@ def predict_logits(
     probable, views = inference.average == "probabilities" and not painter, mirrorings(inference.mirror)
 
     def predicted(patch: Tensor) -> Tensor:
-        with torch.autocast(patch.device.type, AUTOCAST.get(inference.precision), enabled=inference.precision in AUTOCAST):
+        with autocast(patch.device, inference.precision):
             return method.predict(patch, available.expand(len(patch), -1), network).float()
 
     def mirrored(patch: Tensor) -> Tensor:
