@@ -36,7 +36,7 @@ FREE = ("resume", "runs_dir", "stages", "data.shards.*.path", "data.workers", "d
         "validate.every_steps", "inference", "evaluate", "tracking", "watchdog")  # fmt: skip
 
 
-def open_run(config: RunConfig) -> None:
+def begin_run(config: RunConfig) -> None:
     """Create the run folder, or check that this configuration and data may continue in it. Raises UserError.
 
     Until a checkpoint exists there is nothing to continue, and everything may still change.

@@ -73,7 +73,7 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
     startup.reached("data_and_networks")
     on_main(lambda: refuse_overlap(run.training.stores, config.data), ranks)
     on_main(lambda: refuse_seen(config, run.training.stores), ranks)
-    on_main(lambda: run_folder.open_run(run.config), ranks)
+    on_main(lambda: run_folder.begin_run(run.config), ranks)
     if on_main(lambda: all(is_finished(config.run_dir / name / "checkpoints") for name in run.stages), ranks):
         log.info("%s: all stages are trained already", config.run_dir)
         return None

@@ -25,12 +25,12 @@ from mstkd.errors import UserError
 from mstkd.evaluate.classification import CONVENTIONS, Decision, summarise_decisions, write_decisions
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.summary import write_json
-from mstkd.evaluate.weights import open_run
 from mstkd.report.charts import Series, box_chart, line_chart
 from mstkd.report.figures import MOST_POINTS, thinned
 from mstkd.report.page import write_page
 from mstkd.report.viewer import COLUMNS, sprite
 from mstkd.track.jsonl import JsonlTracker
+from mstkd.trained_run import open_run
 
 HOST, SCRATCH = "node17.hospital.example", "/scratch/of-somebody"
 

@@ -23,9 +23,9 @@ from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.synthesis import Truth, copied, psnr, rectangle, score_completions, ssim
 from mstkd.evaluate.validation import Validation
-from mstkd.evaluate.weights import open_run
 from mstkd.run_folder import read_run_config
 from mstkd.subsets import all_subsets, possible_subsets, proper
+from mstkd.trained_run import open_run
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.perceptual import perceptual_distance
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.synthesis import copied
-from mstkd.evaluate.weights import open_run
 from mstkd.methods._translation import Masks
+from mstkd.trained_run import open_run
 
 CELL = {"psnr", "ssim", "local_psnr", "local_ssim", "n", "local_n", "brain_psnr", "brain_ssim", "z_gradient", "spectrum_db"}
 

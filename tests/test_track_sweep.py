@@ -11,7 +11,7 @@ from tracked_runs import answers, ask, client, evaluate, outcomes, rows, runs, r
 
 from mstkd.config import load_config
 from mstkd.launch.verdict import conclude_in_mlflow
-from mstkd.run_folder import open_run
+from mstkd.run_folder import begin_run
 from mstkd.track.mlflow_tracker import create_sweep_parent
 
 
@@ -79,7 +79,7 @@ def test_a_sweep_on_a_server_is_ranked_below_the_parent_that_the_launcher_made(r
     parent = create_sweep_parent(configs[4], "S", runs_dir / "S")
     (runs_dir / "S" / "sweep.json").write_text(json.dumps({"axes": {"method.tau": [4, 7]}, "runs": ["S-4", "S-7"], "mlflow_parent": parent}))
     for tau, score in ((4, 0.5), (7, 0.6)):
-        open_run(configs[tau])
+        begin_run(configs[tau])
         train(configs[tau], {"student": [score]})
         conclude_in_mlflow(configs[tau].run_dir, failed=False)
         assert runs(runs_dir)["S"].info.status == ("RUNNING" if tau == 4 else "FINISHED")

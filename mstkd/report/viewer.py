@@ -23,10 +23,10 @@ from mstkd.evaluate.figures import CasePicture, colours
 from mstkd.evaluate.report import best_median_worst, case_pictures, shown_subsets
 from mstkd.evaluate.scoring import Score
 from mstkd.evaluate.summary import mean_known
-from mstkd.evaluate.weights import open_run
 from mstkd.report.entries import ReportedRun
 from mstkd.report.scores import Segmentation
 from mstkd.subsets import Subset, parse_subset, subset_name
+from mstkd.trained_run import open_run
 
 log = logging.getLogger(__name__)
 

@@ -195,7 +195,7 @@ class LaterRun(MlflowTracker):
         self._writer.close()
 
 
-class StudyRun(LaterRun):
+class StudyParent(LaterRun):
     """The run above those of a study; with it end those that stand between."""
 
     def __init__(self, session: Session, writer: Writer, parents: dict[str, str]):
@@ -246,7 +246,7 @@ def open_study(config: RunConfig, folder: Path, kinds: Sequence[str], arms: dict
                 parents[kind] = session.new_run(folder.name if kind == kinds[0] else f"{folder.name}/{kind}", tags)
             session.client.update_run(parents[kind], status="RUNNING")
         _write_study(folder, {"mlflow_parents": parents, "arms": arms})
-        return StudyRun(session, writer, parents)
+        return StudyParent(session, writer, parents)
 
     run = writer.now(start)
     if run is None:

@@ -15,7 +15,7 @@ from mstkd.evaluate.report import best_median_worst, case_pictures, draw_figures
 from mstkd.evaluate.scoring import conventions, decided
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
-from mstkd.evaluate.weights import TrainedRun
+from mstkd.trained_run import TrainedRun
 
 
 def evaluate_volumes(job: Evaluation) -> dict[str, dict]:
