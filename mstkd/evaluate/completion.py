@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mstkd.batch import hide
 from mstkd.config import InferenceConfig, SliceConfig
 from mstkd.data.intensity import Intensity
 from mstkd.data.planes import Plane
@@ -154,8 +155,7 @@ class Completer:
     def _visible(self, part: Slices, subset: Subset) -> tuple[Tensor, Tensor]:
         """What a network is shown, (K, M, S, S), and which of it is there, (K, M)."""
         available = torch.tensor([subset], device=self.device)
-        # where, not multiplication: NaN in a hidden pixel must not reach the network
-        visible = torch.where(available[:, :, None, None], part.image.to(self.device), self.intensity.hidden_value)
+        visible = hide(part.image.to(self.device), available, self.intensity.hidden_value)
         return visible, available.expand(len(visible), -1)
 
     @contextmanager

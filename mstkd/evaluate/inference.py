@@ -19,6 +19,7 @@ from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mstkd.batch import hide
 from mstkd.config import InferenceConfig
 from mstkd.data.intensity import Intensity
 from mstkd.data.sample import Sample
@@ -222,9 +223,8 @@ class Predictor:
 
     def scores(self, network: str, volume: Volume, subset: Subset) -> Tensor:
         """What labels are decided on: logits (K, X, Y, Z) and, where the post-processing looks at it, T1ce behind them."""
-        available, visible = torch.tensor([subset], device=self.device), volume.image
-        if not all(subset):  # where, not multiplication: NaN in a hidden voxel must not reach the network
-            visible = torch.where(available[:, :, None, None, None], volume.image, self.intensity.hidden_value)
+        available = torch.tensor([subset], device=self.device)
+        visible = volume.image if all(subset) else hide(volume.image, available, self.intensity.hidden_value)
         began = time.perf_counter()
         scores = self._logits(network, visible, available)
         if self.device.type == "cuda":

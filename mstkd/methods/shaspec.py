@@ -28,8 +28,8 @@ from mstkd.config import AvailabilityConfig, IntensityConfig, OptimizerConfig, S
 from mstkd.errors import UserError
 from mstkd.losses.dice import plain_dice
 from mstkd.losses.domain import alignment, classification, undecided
-from mstkd.methods import DataFacts, Method, Role, RoleStep
-from mstkd.methods.kd import encoded
+from mstkd.methods import DataFacts, Role, RoleStep
+from mstkd.methods._tumours import TumourSegmentation, encoded
 from mstkd.models.shaspec import STRIDE, Bottleneck, Pyramid, ShaSpecNetwork, ShaSpecOutput, Up
 from mstkd.targets import TumourChannels
 
@@ -84,9 +84,8 @@ class SegmentStep(RoleStep):
         return alignment(shared, output.pairs, output.domains.shape[1], config.alignment, config.cyclic)
 
 
-class ShaSpec(Method):
+class ShaSpec(TumourSegmentation):
     Config = ShaSpecConfig
-    task = "segmentation"
     stages = ("complete", "missing")
     complete_only = False
     scored = ("student",)
@@ -126,12 +125,6 @@ class ShaSpec(Method):
         self.check_crop(self.config, tuple(image.shape[2:]), "inference.window")
         with torch.no_grad():
             return self.networks[network](image, available).logits
-
-    def to_labels(self, logits: Tensor) -> Tensor:
-        return self.channels.decode(logits)
-
-    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
-        return self.channels.probabilities(logits)
 
     def features(self, image: Tensor, available: Tensor) -> dict[str, tuple[Tensor, list[int]]]:
         with torch.no_grad():
