@@ -25,7 +25,7 @@ from mstkd.data.loader import TrainLoader
 from mstkd.data.slices import SliceIndex
 from mstkd.data.training import TrainingSet, open_training, training_slices
 from mstkd.engine import backend
-from mstkd.engine.backend import RoleEngine, role_settings
+from mstkd.engine.backend import RoleEngine
 from mstkd.engine.checkpoint import Checkpoints, TrainState, is_finished
 from mstkd.engine.determinism import set_determinism
 from mstkd.engine.distributed import agreed, barrier, from_all, on_main
@@ -54,8 +54,8 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, stop: StopFlag) -> str | None:
     """Train every stage of a run, or continue it. Returns None, or the name of the signal that stopped it (all is saved).
 
-    Collective: every rank calls it with the same configuration. Raises UserError on bad input, TrainingError when
-    the loss stays non-finite.
+    Collective: every rank calls it with the same configuration. Raises UserError on bad input, TrainingError where
+    updates stay non-finite, or what is to be kept cannot be written.
     """
     startup = Startup()
     startup.reached("imports")

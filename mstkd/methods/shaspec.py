@@ -46,10 +46,16 @@ class NetworkConfig(Section):
     reference_global: bool = False
 
 
+class DomainWeights(Section):
+    """Of the small losses beside the task's, by the names under which they are logged (unweighted); the paper's alpha and beta."""
+
+    dao: float = Field(0.1, ge=0)  # alignment of shared features
+    dco: float = Field(0.02, ge=0)  # classification of specific features
+
+
 class ShaSpecConfig(Section):
     network: NetworkConfig = NetworkConfig()
-    alpha: float = Field(0.1, ge=0)  # weight of the alignment of shared features, logged as dao
-    beta: float = Field(0.02, ge=0)  # weight of the classification of specific features, logged as dco
+    weights: DomainWeights = DomainWeights()
     alignment: Literal["l1", "mse", "kl", "ce"] = "l1"
     cyclic: bool = False  # alignment of neighbours in the list only
     include_missing: bool = False  # both losses also see encodings of zeros
@@ -74,7 +80,8 @@ class SegmentStep(RoleStep):
             terms = task_terms(output.logits.float(), target, self.config.reference_dice)
             terms["dao"] = self._alignment(output)
             terms["dco"] = classification(output.domains.float(), output.pairs)
-        loss = terms["dice"] + terms["bce"] + self.config.alpha * terms["dao"] + self.config.beta * terms["dco"]
+        weights = self.config.weights
+        loss = terms["dice"] + terms["bce"] + weights.dao * terms["dao"] + weights.dco * terms["dco"]
         return StepOutput(loss, {name: term.detach() for name, term in terms.items()})
 
     def _alignment(self, output: ShaSpecOutput) -> Tensor:
