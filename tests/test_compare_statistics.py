@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mstkd.compare.measures import COMPLETION
 from mstkd.compare.published import ROUNDING, published_tables, read_published
 from mstkd.compare.statistics import Replicates, holm, interval, mean_finite, seed_spread, signed_rank
 from mstkd.errors import UserError
+from mstkd.measures import COMPLETION
 
 
 def every_sign(differences):

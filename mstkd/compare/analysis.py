@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mstkd.compare.arms import Arm, Axes
-from mstkd.compare.measures import Estimate
 from mstkd.compare.result import MEAN, Cell, PairedTest
 from mstkd.compare.statistics import Replicates, holm, interval, mean_finite, seed_spread, signed_rank
+from mstkd.measures import Estimate
 
 BASELINE_STREAM, ARM_STREAM = 1, 2  # of the seeds' draws: the same for every pair, so that no arm depends on who else is there
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mstkd.compare.measures import Measure
 from mstkd.compare.runs import FLOOR, EvaluatedRun
 from mstkd.compare.statistics import mean_finite
 from mstkd.config import resolved
 from mstkd.errors import UserError
+from mstkd.measures import Measure
 from mstkd.run_folder import FREE, leaves
 
 OWN_SUBSET = "method.subset"  # of a method with one run per subset
