@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
-from mstkd.config import RunConfig, load_config
+from mstkd.config import RunConfig, load_config, resolved
+from mstkd.recipe import run_params
 from mstkd.track import NullTracker, open_trackers
 from mstkd.track.jsonl import JsonlTracker, read_records
-from mstkd.track.mlflow_tracker import metric_name, run_params
+from mstkd.track.mlflow_tracker import metric_name
 
 DATASET = {"name": "phantom", "digest": "0123456789abcdef" * 4}
 
@@ -202,7 +203,7 @@ def test_any_metric_name_becomes_one_that_mlflow_takes(config, name):
 
 
 def test_parameters_are_the_recipe_without_paths(config, tmp_path):
-    params = run_params(config.model_copy(update={"init_from": str(tmp_path)}))
+    params = run_params(resolved(config.model_copy(update={"init_from": str(tmp_path)})))
     assert params["data.augment.flip_prob"] == config.data.augment.flip_prob and params["method.name"] == "mst_kdnet"
     assert not any(key in params for key in ("runs_dir", "init_from", "tracking.uri", "data.cache_dir", "data.shards.0.path"))
     assert str(tmp_path) not in json.dumps(params)
