@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 
-from tracked_runs import answers, ask, client, evaluate, outcomes, rows, runs, runs_dir, submitted, sweep, train, wait_for  # noqa: F401  (runs_dir is a fixture)
+from tracked_runs import answers, ask, client, evaluate, free_port, outcomes, rows, runs, runs_dir, submitted, sweep, train, wait_for  # noqa: F401  (runs_dir is a fixture)
 
 from mstkd.config import load_config
 from mstkd.launch.verdict import conclude_in_mlflow
@@ -94,14 +93,12 @@ def test_a_sweep_on_a_server_is_ranked_below_the_parent_that_the_launcher_made(r
 def test_the_page_nests_stages_below_runs_below_the_sweep(runs_dir):
     sweep(runs_dir, {"S-4": [0.5], "S-7": [0.6]})
     outcomes(runs_dir)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code = f"from mstkd.launch.mlflow_cli import mlflow; mlflow(['ui', '--port', '{port}', '--runs-dir', {str(runs_dir)!r}])"
     with (runs_dir / "server.log").open("w") as log:
         server = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        wait_for(lambda: answers(port, server, runs_dir / "server.log"), seconds=120)
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health", server, runs_dir / "server.log"), seconds=120)
         experiment = client(runs_dir).get_experiment_by_name("mstkd").experiment_id
         listed = ask(port, "runs/search", {"experiment_ids": [experiment]})["runs"]
         names = {run["info"]["run_id"]: run["info"]["run_name"] for run in listed}
