@@ -107,9 +107,9 @@ def _backend(torch) -> Finding:
 
 def _bf16(torch) -> Finding:
     if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return ok("bf16", "the GPU computes in it")
-        return warn("bf16", "this GPU does not compute in it", "train with train.precision=fp32")
+        from mstkd.precision import WITHOUT_BF16, gpu_computes_bf16
+
+        return ok("bf16", "the GPU computes in it") if gpu_computes_bf16() else warn("bf16", *WITHOUT_BF16)
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return ok("bf16", "the CPU computes in it")
     return warn("bf16", "this CPU has no instructions for it", "it works, and train.precision=fp32 may be as fast")

@@ -1,7 +1,6 @@
 """Which runs a word on the command line names, and the ranking of a sweep's runs."""
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,33 +92,25 @@ class Member:
 
 
 def ranked(sweep: Sweep) -> list[Member]:
-    """The members, best first by their best val/score in the stage that the most advanced of them has come to.
+    """The members, best first as `mstkd.track.leading` says; those without a score in its stage come last, in the sweep's order."""
+    from mstkd.track.leading import leading
 
-    Members without a score in that stage come last, in the sweep's order. Test figures are never read.
-    """
-    best = {run_dir: _best_scores(run_dir) for run_dir in sweep.members}
-    furthest = max(best.values(), key=len, default={})
-    stage = list(furthest)[-1] if furthest else None
-    members = []
-    for run_dir, scores in best.items():
-        values = tuple(_value(run_dir, axis) for axis in sweep.axes)
-        members.append(Member(run_dir, values, stage if stage in scores else None, *scores.get(stage, (None, None))))
-    return sorted(members, key=lambda member: -math.inf if member.score is None else member.score, reverse=True)
+    stage, scores = leading({run_dir: _best_scores(run_dir) for run_dir in sweep.members})
+    best_first = [*scores, *(run_dir for run_dir in sweep.members if run_dir not in scores)]
+    values = {run_dir: tuple(_value(run_dir, axis) for axis in sweep.axes) for run_dir in best_first}
+    return [Member(run_dir, values[run_dir], *((stage, *scores[run_dir]) if run_dir in scores else ())) for run_dir in best_first]
 
 
 def _best_scores(run_dir: Path) -> dict[str, tuple[float, int]]:
-    """By stage, in the order of training: the best validation score and its step; {} if they cannot be read."""
+    """By stage: the best validation score and its step; {} if they cannot be read."""
     from mstkd.track.jsonl import read_records
+    from mstkd.track.leading import SCORE, best_scores
 
-    best: dict[str, tuple[float, int]] = {}
     try:
-        for record in read_records(run_dir / "metrics.jsonl"):
-            score = record.get("val/score")
-            if score is not None and (record["stage"] not in best or score > best[record["stage"]][0]):
-                best[record["stage"]] = score, record["step"]
+        records = read_records(run_dir / "metrics.jsonl")
+        return best_scores((record["stage"], record[SCORE], record["step"]) for record in records if record.get(SCORE) is not None)
     except UNREADABLE:  # its row says so; the other members are ranked all the same
         return {}
-    return best
 
 
 def _value(run_dir: Path, key: str) -> str:

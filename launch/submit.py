@@ -154,14 +154,14 @@ def _refuse_live_runs(submission: Submission) -> None:
 
 
 def _write_runs(submission: Submission) -> None:
-    from mstkd.run_folder import open_run
+    from mstkd.run_folder import begin_run
     from mstkd.track.mlflow_tracker import prepare_database
 
     if submission.axes:
         _write_sweep(submission)
     first = None
     for run in submission.runs:
-        open_run(run)
+        begin_run(run)
         code = run.run_dir / "code"
         if first is None:
             take_snapshot(code)

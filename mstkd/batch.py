@@ -28,9 +28,7 @@ class Batch:
 
     def visible(self) -> Tensor:
         """(B, M, X, Y, Z): `image` with every sequence that is not available replaced by `hidden_value`."""
-        mask = self.available.reshape(*self.available.shape, *[1] * (self.image.dim() - 2))
-        # where, not multiplication: NaN or inf in a hidden voxel must not reach the student
-        return torch.where(mask, self.image, torch.full_like(self.image, self.hidden_value))
+        return hide(self.image, self.available, self.hidden_value)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
@@ -59,10 +57,10 @@ class ViewBatch:
         return ViewBatch(**{**vars(self), **moved, "views": {name: view.to(device, non_blocking=True) for name, view in self.views.items()}})
 
 
-def hide(values: Tensor, shown: Tensor, hidden_value: float) -> Tensor:
-    """Values (B, ...) with those of samples that are not `shown` (B,) bool replaced."""
-    # where, not multiplication: NaN or inf in what is hidden must not reach the student
-    return torch.where(shown.reshape(-1, *[1] * (values.dim() - 1)), values, torch.full_like(values, hidden_value))
+def hide(values: Tensor, shown: Tensor, hidden_value: float | Tensor) -> Tensor:
+    """Values (B, ...) or (B, M, ...) with those that are not `shown`, (B,) or (B, M) bool, replaced."""
+    # where, not multiplication: NaN or inf in what is hidden must not reach a network
+    return torch.where(shown[(..., *[None] * (values.dim() - shown.dim()))], values, hidden_value)
 
 
 @dataclass

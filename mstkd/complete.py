@@ -21,7 +21,6 @@ from mstkd.errors import UserError
 from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.overlap import training_overlap
-from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.predict.cases import cases_of
 from mstkd.predict.images import save_like
 from mstkd.predict.output import refuse_existing, whole_folder
@@ -38,6 +37,7 @@ from mstkd.shards.shard_writer import add_member, shard_entry, subject_entry, ta
 from mstkd.shards.spec import BRAIN, FILE_LABEL, IMAGE, LABEL, META, ShardEntry, ShardIndex, SubjectEntry
 from mstkd.shards.splits import read_explicit_splits
 from mstkd.subsets import Subset, largest_given, parse_subset, part_of, possible_subsets, proper, subset_name
+from mstkd.trained_run import TrainedRun, open_run
 
 DRAWN = "drawn"  # one sequence per subject, drawn from the seed
 UNIFORM = "uniform"  # so is a subset that leaves something out, each that the method takes equally likely

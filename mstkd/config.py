@@ -120,7 +120,7 @@ class DataConfig(Section):
     workers: int = Field(2, ge=0)  # loader processes per rank
     shuffle_window: int = Field(4, ge=1)  # tars whose subjects are mixed
     on_bad_sample: Literal["stop", "skip"] = "skip"  # skip: replace by another subject, say so and count it
-    max_bad_samples: int = Field(10, ge=0)  # per run; more skipped ones than that stop it
+    max_bad_samples: int = Field(10, ge=0)  # per stage; more skipped ones than that stop it
     verify_sha256: bool = False  # hash each tar when it is opened; its size and first header are checked always
     cache_dir: str | None = None  # node-local folder for staged tars
     cache_gib: float = Field(100.0, gt=0)

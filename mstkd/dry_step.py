@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mstkd.batch import Batch, Progress
-from mstkd.engine.backend.settings import AUTOCAST
 from mstkd.engine.frozen import frozen
 from mstkd.methods import Method, Role
+from mstkd.precision import autocast
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -41,10 +41,9 @@ def kept_for_backward(method: Method, roles: dict[str, Role], batch: Batch, prec
     for name, role in roles.items():
         role.step.train()
         rested = [*(t for network in method.networks.values() for t in network.state_dict().values()), *tree_leaves(vars(batch))]
-        made, device = _Made(rested), batch.image.device.type
+        made = _Made(rested)
         borrowed = [method.networks[network] for network in role.borrows]
-        cast = torch.autocast(device, dtype=getattr(torch, AUTOCAST.get(precision, "bfloat16")), enabled=precision in AUTOCAST)
-        with made, cast, frozen(borrowed):
+        with made, autocast(batch.image.device, precision), frozen(borrowed):
             output = role.step(batch, carry, Progress(step=0, epoch=0, total_steps=1, total_epochs=1))
             kept[name] = made.alive_bytes()
         carry |= output.carry

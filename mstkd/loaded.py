@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode
-from mstkd.evaluate.weights import open_run
 from mstkd.export.facts import FACTS, read_facts
-from mstkd.export.weights import read_weights
+from mstkd.export.weights import load_exported
 from mstkd.methods import DataFacts, build
 from mstkd.predict.case import predict_case
 from mstkd.predict.cases import dataset_of
 from mstkd.predict.images import like
 from mstkd.shards.dataset import Case, DatasetSpec, Volume
 from mstkd.shards.raw_case import grid_sequence
+from mstkd.trained_run import open_run
 
 BRAIN = "brain_mask"  # how a case's mask is called among its images, where the data set has masks
 
@@ -82,7 +82,7 @@ def load(path: str | Path, spec: str | None = None) -> LoadedModel:
     if (path / FACTS).is_file():
         facts = read_facts(path)
         method = build(facts.method, DataFacts(facts.sequences, facts.label_scheme, facts.crop))
-        read_weights(method, facts, path)
+        load_exported(method, facts, path)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for name in facts.weights:
             method.networks[name].to(device)

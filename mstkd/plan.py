@@ -14,10 +14,11 @@ from mstkd.config import RunConfig
 from mstkd.data.training import TrainingSet, open_training
 from mstkd.dry_step import empty_batch, fake_tensors, kept_for_backward
 from mstkd.engine import backend
-from mstkd.engine.backend.settings import AUTOCAST, deepspeed_config
+from mstkd.engine.backend.settings import deepspeed_config
 from mstkd.errors import UserError
 from mstkd.footprint import Memory, checkpoint_bytes, role_memory, weight_bytes
 from mstkd.methods import Method, Role
+from mstkd.precision import AUTOCAST
 from mstkd.teacher_source import given_networks
 from mstkd.train import build_method, stage_roles, total_steps
 from mstkd.traffic import PERSISTENT, bytes_per_step, count_elements

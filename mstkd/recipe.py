@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mstkd.errors import UserError
+
+PATH_KEYS = {"runs_dir", "path", "cache_dir", "init_from", "uri"}
 
 
 def recipe_folder() -> Path:
@@ -125,6 +127,26 @@ def assign(values: dict, key: str, value: Any, override: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"override {override!r}: {parent} holds a value, not keys")
     values[last] = value
+
+
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested plain data; lists of mappings or lists count by position."""
+    if isinstance(values, list) and any(isinstance(value, dict | list) for value in values):
+        values = dict(enumerate(values))
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
+
+
+def run_params(values: dict) -> dict[str, Any]:
+    """What a resolved recipe says, by dotted key and without paths, so that it may be shown."""
+    return {key: value for key, value in leaves(values) if value != {} and not _is_path(key, value)}
+
+
+def _is_path(key: str, value: Any) -> bool:
+    return not PATH_KEYS.isdisjoint(key.split(".")) or (isinstance(value, str) and ("/" in value or "\\" in value))
 
 
 def _key_lines(node: yaml.Node | None, prefix: str):

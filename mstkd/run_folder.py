@@ -22,6 +22,7 @@ from mstkd import attempts
 from mstkd.config import RunConfig, read_recipe, resolved
 from mstkd.data.remote import open_folder, shown
 from mstkd.errors import UserError
+from mstkd.recipe import leaves
 from mstkd.shards.layout import parse_index
 from mstkd.training_ranges import training_ranges
 
@@ -36,7 +37,7 @@ FREE = ("resume", "runs_dir", "stages", "data.shards.*.path", "data.workers", "d
         "validate.every_steps", "inference", "evaluate", "tracking", "watchdog")  # fmt: skip
 
 
-def open_run(config: RunConfig) -> None:
+def begin_run(config: RunConfig) -> None:
     """Create the run folder, or check that this configuration and data may continue in it. Raises UserError.
 
     Until a checkpoint exists there is nothing to continue, and everything may still change.
@@ -187,14 +188,3 @@ def git_state() -> dict[str, str] | None:
     if git("ls-files", "--error-unmatch", "run_folder.py") is None:
         return None
     return {"commit": (git("rev-parse", "HEAD") or "").strip(), "diff": git("diff", "HEAD") or ""}
-
-
-def leaves(values, prefix: str = ""):
-    """(dotted key, value) of everything in nested plain data; lists of mappings count by position."""
-    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
-        values = dict(enumerate(values))
-    if isinstance(values, dict) and values:
-        for key, value in values.items():
-            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, values

@@ -25,7 +25,7 @@ from mstkd.data.loader import TrainLoader
 from mstkd.data.slices import SliceIndex
 from mstkd.data.training import TrainingSet, open_training, training_slices
 from mstkd.engine import backend
-from mstkd.engine.backend import RoleEngine, role_settings
+from mstkd.engine.backend import RoleEngine
 from mstkd.engine.checkpoint import Checkpoints, TrainState, is_finished
 from mstkd.engine.determinism import set_determinism
 from mstkd.engine.distributed import agreed, barrier, from_all, on_main
@@ -43,6 +43,7 @@ from mstkd.evaluate.validation import Validation
 from mstkd.evaluate.weights import safetensors_of
 from mstkd.methods import DataFacts, Method, Role
 from mstkd.models.recompute import recompute
+from mstkd.precision import check_precision
 from mstkd.teacher_source import given_networks, refuse_seen, sources_of, stages_left_out
 from mstkd.track import NullTracker, Tracker
 from mstkd.tracked import track
@@ -53,14 +54,14 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, stop: StopFlag) -> str | None:
     """Train every stage of a run, or continue it. Returns None, or the name of the signal that stopped it (all is saved).
 
-    Collective: every rank calls it with the same configuration. Raises UserError on bad input, TrainingError when
-    the loss stays non-finite.
+    Collective: every rank calls it with the same configuration. Raises UserError on bad input, TrainingError where
+    updates stay non-finite, or what is to be kept cannot be written.
     """
     startup = Startup()
     startup.reached("imports")
     ranks = resolve_environment()
     set_determinism(config.train.deterministic)
-    backend.check_precision(config.train.precision, ranks.device)
+    check_precision(config.train.precision, ranks.device)
     config.train.accumulation(ranks.world)
     methods.read_config(config.method, config.origin)
     methods.check_input(config.method, config.data)
@@ -72,7 +73,7 @@ def train(config: RunConfig, stop: StopFlag) -> str | None:
     startup.reached("data_and_networks")
     on_main(lambda: refuse_overlap(run.training.stores, config.data), ranks)
     on_main(lambda: refuse_seen(config, run.training.stores), ranks)
-    on_main(lambda: run_folder.open_run(run.config), ranks)
+    on_main(lambda: run_folder.begin_run(run.config), ranks)
     if on_main(lambda: all(is_finished(config.run_dir / name / "checkpoints") for name in run.stages), ranks):
         log.info("%s: all stages are trained already", config.run_dir)
         return None

@@ -7,8 +7,8 @@ import torch
 from mstkd.engine import backend
 from mstkd.engine.environment import resolve_environment
 from mstkd.evaluate.classification import decide
-from mstkd.evaluate.weights import open_run
 from mstkd.subsets import all_subsets
+from mstkd.trained_run import open_run
 
 
 def decisions(run: str) -> list[dict]:

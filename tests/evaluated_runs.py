@@ -103,6 +103,7 @@ def write_translation(
     slices: int = 20,
     lpips: bool = False,
     labelled: bool = True,
+    texture: bool = False,
     oracle: Callable[[str, str], float] | None = None,
     copied: Callable[[str, str], float] | None = None,
     size: int = 64,
@@ -116,7 +117,7 @@ def write_translation(
     folder, cases = config.run_dir / "evaluation", [(subject, pattern) for subject in subjects or tested(shards) for pattern in patterns]
 
     def scored(network: str, figures: Callable[[str, str], float]) -> list[Completion]:
-        return [Completion(network, s, *p.split("->"), likeness(figures(s, p), slices, lpips, labelled)) for s, p in cases]
+        return [Completion(network, s, *p.split("->"), likeness(figures(s, p), slices, lpips, labelled, texture)) for s, p in cases]
 
     networks = {"student": scored("student", psnr)} | ({"teacher": scored("teacher", oracle)} if oracle else {})
     write_completions(folder / "per_case.csv", [row for rows in networks.values() for row in rows])
@@ -129,10 +130,11 @@ def write_translation(
     return config.run_dir
 
 
-def likeness(psnr: float, slices: int = 20, lpips: bool = False, labelled: bool = True) -> Likeness:
-    """SSIM psnr / 40, round the tumour 5 dB and 0.2 less, LPIPS 1 - psnr / 40; without labels no tumour."""
+def likeness(psnr: float, slices: int = 20, lpips: bool = False, labelled: bool = True, texture: bool = False) -> Likeness:
+    """SSIM psnr / 40, round the tumour 5 dB and 0.2 less, LPIPS 1 - psnr / 40, z gradient 1 - psnr / 50, spectrum 40 - psnr; without labels no tumour."""
     local = (slices // 2, psnr - 5, psnr / 40 - 0.2) if labelled else (0, None, None)
-    return Likeness(slices, psnr, psnr / 40, psnr - 1, psnr / 40 - 0.1, *local, lpips=1 - psnr / 40 if lpips else None)
+    seen = (1 - psnr / 50, 40 - psnr) if texture else (None, None)
+    return Likeness(slices, psnr, psnr / 40, psnr - 1, psnr / 40 - 0.1, *local, *seen, 1 - psnr / 40 if lpips else None)
 
 
 def flat(level):

@@ -7,8 +7,8 @@ from mstkd.engine import backend
 from mstkd.engine.environment import resolve_environment
 from mstkd.evaluate.synthesis import score_completions
 from mstkd.evaluate.validation import Validation
-from mstkd.evaluate.weights import open_run
 from mstkd.subsets import all_subsets, proper
+from mstkd.trained_run import open_run
 
 
 def scores(run: str) -> tuple[list[dict], dict]:

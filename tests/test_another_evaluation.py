@@ -10,10 +10,10 @@ from small_synthesis import SINGLE, read, write
 from trained_run import make_run, write_run
 
 from mstkd.compare.run import compare
-from mstkd.compare.runs import evaluated_since, read_run
+from mstkd.compare.runs import evaluated_since, read_evaluated_run
 from mstkd.errors import UserError
 from mstkd.evaluate.run import evaluate_run
-from mstkd.evaluate.weights import open_run
+from mstkd.trained_run import open_run
 
 NOISY = "shards-test-method.noise=0.2"
 
@@ -83,7 +83,7 @@ def test_both_ways_of_segmenting_stand_in_one_table(root, tmp_path):
     assert any(note.startswith("completed: every subset was completed by toys.copying") for note in found.arms["toys.linear complete=copying"].notes)
     alone = compare([root / "other", toy / "evaluation" / "shards-test-copying"], tmp_path / "alone")
     assert list(alone.arms) == ["toys.two_stage", "toys.linear complete=copying"]  # though no arm of its method is without
-    shown = read_run(toy / "evaluation" / "shards-test-copying")
+    shown = read_evaluated_run(toy / "evaluation" / "shards-test-copying")
     assert shown.config.evaluate.complete == str(root / "copying") and shown.trained == toy
 
 
@@ -108,8 +108,8 @@ def test_one_of_older_weights_or_of_another_split_is_refused(twice, tmp_path):
     (again / "weights.json").write_text(json.dumps({"copy": "step-00000009"}))
     assert not evaluated_since(again) and evaluated_since(tmp_path / "run")
     with pytest.raises(UserError, match="was trained on after its evaluation"):
-        read_run(again)
+        read_evaluated_run(again)
     (again / "weights.json").unlink()
     (again / "summary.json").write_text(json.dumps(read(again / "summary.json") | {"split": "val"}))
     with pytest.raises(UserError, match="is of the split val; compare evaluations of test splits"):
-        read_run(again)
+        read_evaluated_run(again)

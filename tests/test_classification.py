@@ -19,7 +19,6 @@ from mstkd.errors import UserError
 from mstkd.evaluate.classification import BLOCK_CASES, Decision, accuracies, confusion, decide, summarise_decisions
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.weights import open_run
 from mstkd.launch.cluster import load_cluster
 from mstkd.launch.submit import prepare
 from mstkd.losses.domain import alignment, classification
@@ -31,6 +30,7 @@ from mstkd.shards.digits import write_digits
 from mstkd.shards.spec import Classification
 from mstkd.shards.views import build_views
 from mstkd.subsets import all_subsets
+from mstkd.trained_run import open_run
 
 SHAPES = {"image": (12, 10), "colour": (3, 9, 9), "text": (7,)}
 ALL_SUBSETS = torch.tensor(all_subsets(list(SHAPES)))

@@ -21,13 +21,13 @@ from mstkd.engine.environment import Ranks
 from mstkd.errors import UserError
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.validation import Validation
-from mstkd.evaluate.weights import open_run
 from mstkd.launch.cli import main
 from mstkd.run_folder import read_run_config
 from mstkd.shards.parts import write_json
 from mstkd.shards.spec import read_index, read_splits
 from mstkd.shards.splits import counted_splits
 from mstkd.shards.verify import verify
+from mstkd.trained_run import open_run
 
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
 

@@ -14,8 +14,8 @@ from mstkd.evaluate.completed_inputs import CompletingPredictor, front_takes
 from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.metrics import dice, region_masks
 from mstkd.evaluate.run import evaluate_run
-from mstkd.evaluate.weights import open_run
 from mstkd.predict import predict_folder
+from mstkd.trained_run import open_run
 
 SINGLES = ["flair", "t1", "t1ce", "t2"]
 WHOLE = "flair+t1+t1ce+t2"

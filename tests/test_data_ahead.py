@@ -13,7 +13,7 @@ from tiny_shards import TARS, write_set
 from mstkd.data.ahead import THREAD, staged_ahead
 from mstkd.data.remote import LocalFolder
 from mstkd.data.sample import Item
-from mstkd.data.staging import NoRoom, StagingCache, Stopped
+from mstkd.data.staging import CopyStopped, NoRoom, StagingCache
 from mstkd.data.store import ShardStore
 from mstkd.data.training import open_training
 from mstkd.errors import UserError
@@ -230,7 +230,7 @@ def test_a_stream_that_is_closed_leaves_no_thread_no_part_and_no_lock(server, tm
 
 
 def test_a_copy_no_longer_wanted_is_given_up(folder, tmp_path):
-    with pytest.raises(Stopped):
+    with pytest.raises(CopyStopped):
         StagingCache(tmp_path, 1).open_ahead(LocalFolder(folder), read_index(folder).shards[0], lambda: True)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 

@@ -18,12 +18,12 @@ from mstkd.errors import UserError
 from mstkd.evaluate.inference import Predictor, evaluation_mode, predict_logits
 from mstkd.evaluate.label_files import evaluate_predictions
 from mstkd.evaluate.run import evaluate_run
-from mstkd.evaluate.weights import open_run
 from mstkd.predict import Beside, predict_folder
 from mstkd.predict.case import entropy_bits
 from mstkd.shards.dataset import SPEC_FOLDER, load_spec
 from mstkd.shards.preprocess import preprocess
 from mstkd.shards.spec import LABEL_SCHEMES, read_splits
+from mstkd.trained_run import open_run
 
 SUBJECT = "Phantom_0001"
 

@@ -30,12 +30,13 @@ from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.scoring import Score
 from mstkd.evaluate.summary import summarise
 from mstkd.evaluate.validation import Validation
-from mstkd.evaluate.weights import best_files, load_networks, open_run, safetensors_of
+from mstkd.evaluate.weights import best_files, load_networks, safetensors_of
 from mstkd.run_folder import read_run_config
 from mstkd.shards.build import build as build_shards
 from mstkd.shards.dataset import SPEC_FOLDER
 from mstkd.shards.spec import read_index, read_splits
 from mstkd.subsets import all_subsets, subset_name
+from mstkd.trained_run import open_run
 
 REAL_CASE = Path(__file__).resolve().parents[2] / "shared" / "data" / "real_case"
 SEQUENCES = ("flair", "t1", "t1ce", "t2")

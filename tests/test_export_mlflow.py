@@ -5,10 +5,8 @@ import gzip
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -20,6 +18,7 @@ import yaml
 from exported_runs import case_files, refuse_identifying, unet_run
 from mlflow import MlflowClient
 from mlflow.models import Model
+from tracked_runs import answers, free_port, wait_for
 
 import mstkd
 from mstkd.config import RunConfig
@@ -53,9 +52,7 @@ def client(run):
 @pytest.fixture(scope="module")
 def url(run, tmp_path_factory):
     """Where `mlflow models serve` answers for the registered model."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     store = f"sqlite:///{run.parent / 'mlflow.db'}"
     words = ["-m", "models:/unet-phantom/1", "--env-manager", "local", "--port", str(port), "--workers", "1"]
     command = [sys.executable, "-m", "mlflow", "models", "serve", *words]
@@ -64,25 +61,12 @@ def url(run, tmp_path_factory):
         environment = os.environ | {"MLFLOW_TRACKING_URI": store, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         server = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        wait_until_up(f"http://127.0.0.1:{port}/ping", server, log)
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/ping", server, log), seconds=600)
         yield f"http://127.0.0.1:{port}/invocations"
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(60)
-
-
-def wait_until_up(url: str, server: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
-                assert answer.status == 200
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.3)
-    pytest.fail(f"no answer from {url}: {log.read_text()}")
 
 
 def ask(url: str, body: dict) -> tuple[int, dict]:

@@ -12,7 +12,7 @@ from mstkd.bench.cost import bench_cost
 from mstkd.errors import UserError
 from mstkd.evaluate.features import FeatureSet, collect, draw
 from mstkd.evaluate.run import evaluate_run
-from mstkd.evaluate.weights import open_run
+from mstkd.trained_run import open_run
 
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
 

@@ -84,7 +84,7 @@ MAY_IMPORT = {
         "mstkd.batch", "mstkd.config", "mstkd.errors", "mstkd.subsets", "mstkd.shards.spec", "mstkd.shards.members", "mstkd.shards.layout",
         "mstkd.shards.tar_walk", "mstkd.shards.clahe",
     },
-    "mstkd.track": {"mstkd.config", "mstkd.errors"},
+    "mstkd.track": {"mstkd.config", "mstkd.recipe", "mstkd.errors"},
     "mstkd.shards": {"mstkd.errors", "mstkd.config", "mstkd.recipe"},
 }
 

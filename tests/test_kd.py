@@ -12,12 +12,12 @@ from torch import nn
 from mstkd.batch import Batch, Progress
 from mstkd.config import load_config
 from mstkd.errors import UserError
-from mstkd.evaluate.weights import open_run
 from mstkd.losses.distillation import standardised_kl
 from mstkd.losses.logits import bernoulli_kl
 from mstkd.methods import build
 from mstkd.methods.mean_teacher import MeanTeacherConfig
 from mstkd.models.segmenter import Projections, Segmenter, stride
+from mstkd.trained_run import open_run
 
 UNET = {"architecture": "UNet", "arguments": {"channels": [4, 8], "strides": [2], "num_res_units": 1}}
 WIDE = {"architecture": "UNet", "arguments": {"channels": [8, 12], "strides": [2], "num_res_units": 1}}

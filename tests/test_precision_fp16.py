@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mstkd.config import load_config
-from mstkd.engine import backend
 from mstkd.errors import UserError
+from mstkd.launch import doctor
+from mstkd.precision import check_precision
 
 SCALE = "train/loss_scale_networks"
 
@@ -79,7 +80,16 @@ def test_a_resume_keeps_the_scale(two_ranks, tmp_path, zero):
 def test_a_machine_without_fp16_is_refused_before_anything_is_built(one_rank, phantom_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
     with pytest.raises(UserError, match="train.precision fp16: this machine's CPU does not compute in it .*; use bf16 or fp32, or train on a GPU"):
-        backend.check_precision("fp16", torch.device("cpu"))
+        check_precision("fp16", torch.device("cpu"))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: True)
-    backend.check_precision("fp16", torch.device("cpu"))
+    check_precision("fp16", torch.device("cpu"))
     assert load_config("mst_kdnet_phantom", ["train.precision=fp16"]).inference.precision == "fp16"
+
+
+def test_a_gpu_that_only_emulates_bf16_is_refused_and_doctor_says_the_same(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)  # what a V100 answers
+    with pytest.raises(UserError, match="train.precision bf16: this GPU does not compute in it; use train.precision=fp16 or fp32"):
+        check_precision("bf16", torch.device("cuda"))
+    assert str(doctor._bf16(torch)).endswith("this GPU does not compute in it; use train.precision=fp16 or fp32")
+    check_precision("fp16", torch.device("cuda"))

@@ -25,12 +25,12 @@ from mstkd.errors import UserError
 from mstkd.evaluate.classification import CONVENTIONS, Decision, summarise_decisions, write_decisions
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.summary import write_json
-from mstkd.evaluate.weights import open_run
 from mstkd.report.charts import Series, box_chart, line_chart
 from mstkd.report.figures import MOST_POINTS, thinned
 from mstkd.report.page import write_page
 from mstkd.report.viewer import COLUMNS, sprite
 from mstkd.track.jsonl import JsonlTracker
+from mstkd.trained_run import open_run
 
 HOST, SCRATCH = "node17.hospital.example", "/scratch/of-somebody"
 
@@ -195,10 +195,13 @@ def test_several_runs_stand_side_by_side(tmp_path):
 
 def test_a_synthesis_run_has_a_map_per_measure_by_target(tmp_path):
     shards = write_cohort(tmp_path / "shards", {f"scan{n}": f"P{n}" for n in range(4)})
-    made = write_translation(shards, "translation", lambda subject, pattern: 20 + int(subject[-1]) + pattern.count("+"), patterns=ALL_PATTERNS, lpips=True)
+    measured = {"lpips": True, "texture": True}
+    made = write_translation(shards, "translation", lambda subject, pattern: 20 + int(subject[-1]) + pattern.count("+"), patterns=ALL_PATTERNS, **measured)
     tables = [table for table in Tables(write_page([made]).read_text()).tables if table[-1][0] == "mean"]
-    assert len(tables) == 7 and tables[0][0] == ["given sequences", "t1", "t1ce", "t2", "flair"]
+    assert len(tables) == 9 and tables[0][0] == ["given sequences", "t1", "t1ce", "t2", "flair"]
     assert tables[0][1] == ["flair", "21.50", "21.50", "21.50", ""] and tables[1][1] == ["flair", "0.5375", "0.5375", "0.5375", ""]
+    z_gradient, spectrum = tables[4:6]
+    assert z_gradient[1] == ["flair", *3 * ["0.5700"], ""] and spectrum[1] == ["flair", *3 * ["18.50"], ""]
 
 
 def test_a_classification_run_has_accuracy_by_class(tmp_path):

@@ -109,7 +109,7 @@ def step_of(method, stage="missing"):
 
 @pytest.mark.parametrize("kind", ["l1", "ce"])
 def test_the_loss_is_the_weighted_sum(kind):
-    output = step_of(make(alignment=kind, alpha=0.3, beta=0.7))(make_batch(PAIR, ONE), {}, START)
+    output = step_of(make(alignment=kind, weights={"dao": 0.3, "dco": 0.7}))(make_batch(PAIR, ONE), {}, START)
     terms = {name: float(value) for name, value in output.scalars.items()}
     assert set(terms) == {"dice", "bce", "dao", "dco"} and not any(value.requires_grad for value in output.scalars.values())
     assert float(output.loss.detach()) == pytest.approx(terms["dice"] + terms["bce"] + 0.3 * terms["dao"] + 0.7 * terms["dco"], rel=1e-6)

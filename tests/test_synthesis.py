@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.metrics.regression import compute_ssim_and_cs
 from safetensors.torch import load_file, save_file
-from small_synthesis import PAIRS, SEQUENCES, SINGLE, SIZE, evaluated, read_rows, write, write_phantoms
+from small_synthesis import PAIRS, SEQUENCES, SINGLE, SIZE, read_rows, root, run, write  # noqa: F401  (root and run are fixtures)
 from tiny_shards import write_set
 from trained_run import method_and_source
 
@@ -23,19 +23,9 @@ from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.synthesis import Truth, copied, psnr, rectangle, score_completions, ssim
 from mstkd.evaluate.validation import Validation
-from mstkd.evaluate.weights import open_run
 from mstkd.run_folder import read_run_config
 from mstkd.subsets import all_subsets, possible_subsets, proper
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_phantoms(tmp_path_factory.mktemp("synthesis"))
-
-
-@pytest.fixture(scope="module")
-def run(root):
-    return evaluated(root)
+from mstkd.trained_run import open_run
 
 
 @pytest.fixture(scope="module")

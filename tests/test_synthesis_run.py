@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from small_synthesis import PAIRS, SINGLE, evaluated, read, read_rows, write, write_phantoms
+from small_synthesis import PAIRS, SINGLE, read, read_rows, root, run, write  # noqa: F401  (root and run are fixtures)
 
 from mstkd.evaluate import fused
 from mstkd.evaluate.completion_figures import _mosaic
@@ -17,20 +17,10 @@ from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.perceptual import perceptual_distance
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.synthesis import copied
-from mstkd.evaluate.weights import open_run
 from mstkd.methods._translation import Masks
+from mstkd.trained_run import open_run
 
 CELL = {"psnr", "ssim", "local_psnr", "local_ssim", "n", "local_n", "brain_psnr", "brain_ssim", "z_gradient", "spectrum_db"}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return write_phantoms(tmp_path_factory.mktemp("synthesis"))
-
-
-@pytest.fixture(scope="module")
-def run(root):
-    return evaluated(root)
 
 
 def test_summaries_have_the_documented_shape_and_mark_the_oracle(run):

@@ -15,8 +15,9 @@ from torch import nn
 
 from mstkd.engine.teacher import load_weights
 from mstkd.errors import UserError
-from mstkd.evaluate.weights import load_given, open_run
+from mstkd.evaluate.weights import load_given
 from mstkd.losses.dice import soft_dice
+from mstkd.trained_run import open_run
 
 STEPS = 4
 

@@ -11,23 +11,21 @@ import sqlite3
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+import tracked_runs
 from headless import chrome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
+from tracked_runs import DATASET, answers, free_port, wait_for
 
-from mstkd.config import RunConfig, load_config
+from mstkd.config import RunConfig, load_config, resolved
+from mstkd.recipe import run_params
 from mstkd.track import NullTracker, open_trackers
 from mstkd.track.jsonl import JsonlTracker, read_records
-from mstkd.track.mlflow_tracker import metric_name, run_params
-
-DATASET = {"name": "phantom", "digest": "0123456789abcdef" * 4}
-
+from mstkd.track.mlflow_tracker import metric_name
 
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
@@ -41,16 +39,12 @@ def opened(config: RunConfig, attempt: int = 1, **tags):
 
 
 def client(config: RunConfig) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{config.runs_dir}/mlflow.db")
+    return tracked_runs.client(Path(config.runs_dir))
 
 
 def runs(config: RunConfig) -> dict:
     """MLflow runs by name."""
-    mlflow = client(config)
-    found = mlflow.search_runs([experiment.experiment_id for experiment in mlflow.search_experiments()])
-    by_name = {run.info.run_name: run for run in found}
-    assert len(by_name) == len(found)
-    return by_name
+    return tracked_runs.runs(Path(config.runs_dir))
 
 
 def history(config: RunConfig, run: str, metric: str) -> list[tuple[int, float]]:
@@ -202,7 +196,7 @@ def test_any_metric_name_becomes_one_that_mlflow_takes(config, name):
 
 
 def test_parameters_are_the_recipe_without_paths(config, tmp_path):
-    params = run_params(config.model_copy(update={"init_from": str(tmp_path)}))
+    params = run_params(resolved(config.model_copy(update={"init_from": str(tmp_path)})))
     assert params["data.augment.flip_prob"] == config.data.augment.flip_prob and params["method.name"] == "mst_kdnet"
     assert not any(key in params for key in ("runs_dir", "init_from", "tracking.uri", "data.cache_dir", "data.shards.0.path"))
     assert str(tmp_path) not in json.dumps(params)
@@ -313,12 +307,6 @@ def test_other_ranks_keep_nothing(tmp_path, monkeypatch):
 # the page
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture
 def served(config):
     """(url, config) of a real `mstkd mlflow ui` over one finished run."""
@@ -332,24 +320,11 @@ def served(config):
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until_healthy(url, server, Path(log.name))
+        wait_for(lambda: answers(f"{url}/health", server, Path(log.name)), seconds=120)
         yield url, config
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
-
-
-def wait_until_healthy(url: str, server: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                assert answer.status == 200
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.3)
-    pytest.fail(f"no answer from {url}: {log.read_text()}")
 
 
 @pytest.mark.browser

@@ -3,15 +3,14 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 
-from tracked_runs import answers, ask, client, evaluate, outcomes, rows, runs, runs_dir, submitted, sweep, train, wait_for  # noqa: F401  (runs_dir is a fixture)
+from tracked_runs import answers, ask, client, evaluate, free_port, outcomes, rows, runs, runs_dir, submitted, sweep, train, wait_for  # noqa: F401  (runs_dir is a fixture)
 
 from mstkd.config import load_config
 from mstkd.launch.verdict import conclude_in_mlflow
-from mstkd.run_folder import open_run
+from mstkd.run_folder import begin_run
 from mstkd.track.mlflow_tracker import create_sweep_parent
 
 
@@ -31,11 +30,11 @@ def test_a_sweep_is_one_parent_with_its_members_ranked_by_validation(runs_dir):
     assert parent.data.metrics == {} and parent.info.status == "RUNNING"  # S-11 waits in the queue
     table = parent.data.tags["mlflow.note.content"].splitlines()
     assert table[0] == "Validation data only, stage student. Ranked: 2 of 4 runs."
-    assert table[2:] == [
-        "| rank | run | method.tau | best val/score | at step |",
-        "| --- | --- | --- | --- | --- |",
-        "| 1 | S-4 | 4 | 0.8000 | 20 |",
-        "| 2 | S-7 | 7 | 0.6000 | 10 |",
+    assert [[cell.replace("&nbsp;", "").strip() for cell in line.strip("|").split("|")] for line in table[2:]] == [
+        ["rank", "run", "method.tau", "best val/score", "at step"],
+        5 * ["---"],
+        ["1", "S-4", "4", "0.8000", "20"],
+        ["2", "S-7", "7", "0.6000", "10"],
     ]
     assert "0.95" not in json.dumps([run.data.tags for run in (parent, found["S-7"])])
     before = rows(runs_dir / "mlflow.db")
@@ -79,7 +78,7 @@ def test_a_sweep_on_a_server_is_ranked_below_the_parent_that_the_launcher_made(r
     parent = create_sweep_parent(configs[4], "S", runs_dir / "S")
     (runs_dir / "S" / "sweep.json").write_text(json.dumps({"axes": {"method.tau": [4, 7]}, "runs": ["S-4", "S-7"], "mlflow_parent": parent}))
     for tau, score in ((4, 0.5), (7, 0.6)):
-        open_run(configs[tau])
+        begin_run(configs[tau])
         train(configs[tau], {"student": [score]})
         conclude_in_mlflow(configs[tau].run_dir, failed=False)
         assert runs(runs_dir)["S"].info.status == ("RUNNING" if tau == 4 else "FINISHED")
@@ -94,14 +93,12 @@ def test_a_sweep_on_a_server_is_ranked_below_the_parent_that_the_launcher_made(r
 def test_the_page_nests_stages_below_runs_below_the_sweep(runs_dir):
     sweep(runs_dir, {"S-4": [0.5], "S-7": [0.6]})
     outcomes(runs_dir)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code = f"from mstkd.launch.mlflow_cli import mlflow; mlflow(['ui', '--port', '{port}', '--runs-dir', {str(runs_dir)!r}])"
     with (runs_dir / "server.log").open("w") as log:
         server = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        wait_for(lambda: answers(port, server, runs_dir / "server.log"), seconds=120)
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health", server, runs_dir / "server.log"), seconds=120)
         experiment = client(runs_dir).get_experiment_by_name("mstkd").experiment_id
         listed = ask(port, "runs/search", {"experiment_ids": [experiment]})["runs"]
         names = {run["info"]["run_id"]: run["info"]["run_name"] for run in listed}

@@ -222,7 +222,7 @@ def test_pairs_give_a_keeper_and_labelled_scans_a_guided_segmenter(trained):
 
 def test_what_teacher_and_keeper_paint_is_measured(trained, shards):
     from mstkd.evaluate.run import evaluate_run
-    from mstkd.evaluate.weights import open_run
+    from mstkd.trained_run import open_run
 
     runs, rows = trained
     summary = evaluate_run(runs / "pairs")
@@ -263,7 +263,7 @@ def test_a_keeper_from_a_file_gives_the_same_run(trained, shards, one_rank, tmp_
 
 
 def test_the_base_may_come_as_encoder_and_decoder_from_files_and_the_keeper_from_a_run(trained, shards, one_rank, tmp_path):
-    from mstkd.evaluate.weights import open_run
+    from mstkd.trained_run import open_run
 
     runs, rows = trained
     base = {key.removeprefix("base."): value for key, value in best(runs / "scans", "base", "base").items()}

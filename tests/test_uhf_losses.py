@@ -8,7 +8,8 @@ import torch
 from mstkd.losses.adversarial import least_squares_critic_loss, least_squares_deception_loss
 from mstkd.losses.classes import class_dice, edge_weights, frequency_weights, weighted_cross_entropy
 from mstkd.losses.distillation import feature_matching, moment_matching
-from mstkd.methods.uhf_guided import WeightConfig, keeper_terms, teacher_terms, weighted
+from mstkd.methods._terms import weighted
+from mstkd.methods.uhf_guided import WeightConfig, keeper_terms, teacher_terms
 from mstkd.shards.spec import LABEL_SCHEMES
 from mstkd.targets import ExclusiveClasses
 

@@ -109,10 +109,17 @@ def ask(port: int, what: str, question: dict) -> dict:
         return json.load(answer)
 
 
-def answers(port: int, server: subprocess.Popen, log: Path) -> bool:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(url: str, server: subprocess.Popen, log: Path) -> bool:
+    """Whether `server`, which must not have ended, is up."""
     assert server.poll() is None, log.read_text()
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=5) as answer:
             return answer.status == 200
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
@@ -129,15 +136,13 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 def tracking_server(folder: Path) -> Iterator[str]:
     """The address of a real `mlflow server` that keeps everything in `folder`."""
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder / "files")]
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder)
     try:
-        wait_for(lambda: answers(port, server, folder / "server.log"), seconds=300)
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health", server, folder / "server.log"), seconds=300)
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(server.pid, signal.SIGTERM)

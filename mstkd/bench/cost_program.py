@@ -17,9 +17,10 @@ from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine
 from mstkd.engine.environment import resolve_environment
 from mstkd.engine.frozen import frozen
-from mstkd.evaluate.inference import AUTOCAST, evaluation_mode
+from mstkd.evaluate.inference import evaluation_mode
 from mstkd.methods import DataFacts, Method
 from mstkd.models.recompute import recompute
+from mstkd.precision import autocast
 from mstkd.subsets import parse_subset
 
 WARM_UP = 2  # iterations before those that are timed
@@ -59,7 +60,7 @@ def measure(job: Job) -> dict:
     found = {"parameters": _count(method.networks[network])}
 
     def test() -> None:
-        with evaluation_mode(method), torch.autocast(ranks.device.type, AUTOCAST.get(config.train.precision), enabled=config.train.precision in AUTOCAST):
+        with evaluation_mode(method), autocast(ranks.device, config.train.precision):
             method.predict(batch.visible(), batch.available, network)
 
     step, trained = _training(config, method, batch, ranks)

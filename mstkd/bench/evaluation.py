@@ -23,12 +23,12 @@ from mstkd.evaluate.cases import Row, diagonal_mm, references, score_labels, sco
 from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.metrics import Mask, region_masks
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.weights import open_run
 from mstkd.methods import DataFacts
 from mstkd.shards.build import build
 from mstkd.shards.geometry import restore
 from mstkd.shards.phantom import write_phantom
 from mstkd.subsets import Subset, all_subsets, possible_subsets, subset_name
+from mstkd.trained_run import open_run
 
 FULL_SIZE = 176  # voxels per axis, of 1 mm
 RECIPE = "mst_kdnet_phantom"  # whose network is run

@@ -19,7 +19,8 @@ from mstkd.bench.evaluation import Bench, Settings, bench_cases
 from mstkd.bench.report import Figure, Report, Target, figure, machine, ratio, versions
 from mstkd.bench.step_program import resident
 from mstkd.errors import UserError
-from mstkd.evaluate.inference import AUTOCAST, Volume, evaluation_mode
+from mstkd.evaluate.inference import Volume, evaluation_mode
+from mstkd.precision import autocast
 
 OURS, BOX, WHOLE = "mstkd", "MONAI, brain box", "MONAI, whole file"
 TOLERANCE = 1e-5  # of logits, relative where above 1
@@ -134,7 +135,7 @@ def _monai(given: Bench) -> Callable[[Tensor], Tensor]:
     available = torch.ones(1, len(predictor.sequences), dtype=torch.bool, device=predictor.device)
 
     def network(patch: Tensor) -> Tensor:
-        with torch.autocast(patch.device.type, AUTOCAST.get(inference.precision), enabled=inference.precision in AUTOCAST):
+        with autocast(patch.device, inference.precision):
             return predictor.method.predict(patch, available.expand(len(patch), -1), given.network).float()
 
     return lambda image: inferer(image, network)

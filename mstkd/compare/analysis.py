@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mstkd.compare.arms import Arm, Axes
-from mstkd.compare.measures import Estimate
 from mstkd.compare.result import MEAN, Cell, PairedTest
-from mstkd.compare.statistics import Replicates, holm, interval, mean_known, seed_spread, signed_rank
+from mstkd.compare.statistics import Replicates, holm, interval, mean_finite, seed_spread, signed_rank
+from mstkd.measures import Estimate
 
 BASELINE_STREAM, ARM_STREAM = 1, 2  # of the seeds' draws: the same for every pair, so that no arm depends on who else is there
 
@@ -18,9 +18,9 @@ def cells(arms: Sequence[Arm], baseline: Arm, axes: Axes, replicates: Replicates
     for arm in arms:
         stream = BASELINE_STREAM if arm is baseline else ARM_STREAM
         own = with_mean(arm.scores, arm.patterns)
-        per_patient = mean_known(own, axis=0)  # (P, U + 1, R)
-        value, (low, high) = mean_known(per_patient, axis=0), interval(replicates.means(own, stream))
-        beside = mean_known(mean_known(with_mean(arm.beside, arm.patterns), axis=0), axis=0)
+        per_patient = mean_finite(own, axis=0)  # (P, U + 1, R)
+        value, (low, high) = mean_finite(per_patient, axis=0), interval(replicates.means(own, stream))
+        beside = mean_finite(mean_finite(with_mean(arm.beside, arm.patterns), axis=0), axis=0)
         difference = None if arm is baseline else _difference(arm, baseline, replicates)
         for u, pattern in enumerate((*axes.patterns, MEAN)):
             for r, measure in enumerate(axes.measures):
@@ -66,7 +66,7 @@ def tests(arms: Sequence[Arm], baseline: Arm, primary: str | None, axes: Axes, r
 
 def with_mean(scores: NDArray[np.float64], patterns: Sequence[bool]) -> NDArray[np.float64]:
     """(S, P, U + 1, R): the scores (S, P, U, R) and, last, the mean over `patterns`: those of them that a patient has."""
-    mean = mean_known(scores[:, :, np.asarray(patterns, bool)], axis=2)
+    mean = mean_finite(scores[:, :, np.asarray(patterns, bool)], axis=2)
     return np.concatenate([scores, mean[:, :, None]], axis=2)
 
 
@@ -79,6 +79,6 @@ def _difference(arm: Arm, baseline: Arm, replicates: Replicates) -> tuple[NDArra
     """(P, U + 1, R) differences of the patients, and (value, low, high), each (U + 1, R); the same patients in both arms."""
     common = both(arm, baseline)
     ours, theirs = with_mean(arm.scores, common), with_mean(baseline.scores, common)
-    pairs = mean_known(ours, axis=0) - mean_known(theirs, axis=0)
+    pairs = mean_finite(ours, axis=0) - mean_finite(theirs, axis=0)
     drawn = replicates.means(ours, ARM_STREAM) - replicates.means(theirs, BASELINE_STREAM)
-    return pairs, (mean_known(pairs, axis=0), *interval(drawn))
+    return pairs, (mean_finite(pairs, axis=0), *interval(drawn))

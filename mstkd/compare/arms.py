@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mstkd.compare.measures import Measure
 from mstkd.compare.runs import FLOOR, EvaluatedRun
-from mstkd.compare.statistics import mean_known
+from mstkd.compare.statistics import mean_finite
 from mstkd.config import resolved
 from mstkd.errors import UserError
+from mstkd.measures import Measure
 from mstkd.run_folder import FREE, leaves
 
 OWN_SUBSET = "method.subset"  # of a method with one run per subset
@@ -161,7 +161,7 @@ def _patient_means(runs: Sequence[EvaluatedRun], axes: Axes, figure: str) -> NDA
             for subject, measures in cases.items():
                 values[row[subject], column] = [getattr(measures[measure.key], figure) for measure in axes.measures]
     owner = np.array([axes.patient[subject] for subject in scans])
-    return np.stack([mean_known(values[owner == patient], axis=0) for patient in patients])
+    return np.stack([mean_finite(values[owner == patient], axis=0) for patient in patients])
 
 
 def _settings(run: EvaluatedRun) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mstkd.compare.measures import Measure, Unit
 from mstkd.compare.result import MEAN, Comparison
+from mstkd.measures import Measure, Unit
 
 
 def box_plots(values: Mapping[str, NDArray], measures: Sequence[Measure], path: Path) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mstkd.compare.costs import Costs
-from mstkd.compare.measures import Estimate, Measure
 from mstkd.compare.published import PublishedTable
 from mstkd.compare.tasks import Task
+from mstkd.measures import Estimate, Measure
 
 MEAN = "mean"  # over the patterns: in place of a pattern's name
 

@@ -13,8 +13,8 @@ from mstkd.compare.patients import read_patients
 from mstkd.compare.published import PublishedTable, read_published
 from mstkd.compare.report import write_report
 from mstkd.compare.result import MEAN, ArmSummary, Comparison
-from mstkd.compare.runs import FLOOR, ORACLE, EvaluatedRun, check_comparable, read_run
-from mstkd.compare.statistics import LEVEL, REPLICATES, Replicates, mean_known, seed_spread
+from mstkd.compare.runs import FLOOR, ORACLE, EvaluatedRun, check_comparable, read_evaluated_run
+from mstkd.compare.statistics import LEVEL, REPLICATES, Replicates, mean_finite, seed_spread
 from mstkd.compare.tables import markdown, read_columns, write_tables
 from mstkd.errors import UserError
 from mstkd.track import open_comparison
@@ -105,7 +105,7 @@ def _conventions(runs: Sequence[EvaluatedRun], axes: Axes) -> dict[str, str]:
 def _read(runs: Runs) -> dict[str, list[EvaluatedRun]]:
     """The runs by arm, checked."""
     given = runs if isinstance(runs, Mapping) else {"": runs}
-    read = {label: [read_run(Path(folder)) for folder in folders] for label, folders in given.items()}
+    read = {label: [read_evaluated_run(Path(folder)) for folder in folders] for label, folders in given.items()}
     everything = [run for arm_runs in read.values() for run in arm_runs]
     if not everything:
         raise UserError("mstkd compare: no runs; give at least two run folders")
@@ -120,7 +120,7 @@ def _read(runs: Runs) -> dict[str, list[EvaluatedRun]]:
 
 def _write(comparison: Comparison, arms: Sequence[Arm]) -> None:
     comparison.out.mkdir(parents=True, exist_ok=True)
-    per_patient = {arm.label: mean_known(with_mean(arm.scores, arm.patterns)[:, :, -1], axis=0) for arm in arms}
+    per_patient = {arm.label: mean_finite(with_mean(arm.scores, arm.patterns)[:, :, -1], axis=0) for arm in arms}
     drawn = figures.draw(comparison, per_patient)
     tables = write_tables(comparison)
     files = [*tables, *drawn.values(), comparison.out / "compare.html"]

@@ -59,7 +59,7 @@ class EvaluatedRun:
         return [key for key in self.keys if any(np.isfinite(case[key].value) for case in cases)]
 
 
-def read_run(folder: Path) -> EvaluatedRun:
+def read_evaluated_run(folder: Path) -> EvaluatedRun:
     """The evaluation of the run in `folder`, or the one in `folder` itself, which `mstkd evaluate` put inside a run.
 
     Raises UserError: no run, not evaluated, not on a test split, another task, files that disagree.
@@ -88,7 +88,7 @@ def read_run(folder: Path) -> EvaluatedRun:
 
 
 def read_evaluation(folder: Path) -> tuple[list[dict[str, str]], dict[str, dict[str, Any]]]:
-    """The lines of per_case.csv and the summaries by network, the one that the run is for first; `folder` as for `read_run`.
+    """The lines of per_case.csv and the summaries by network, the one that the run is for first; `folder` as for `read_evaluated_run`.
 
     Raises UserError: not evaluated, or trained on since.
     """

@@ -56,7 +56,7 @@ def interval(replicates: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDAr
     return np.where(missing, np.nan, low), np.where(missing, np.nan, high)
 
 
-def mean_known(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+def mean_finite(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
     """The mean over what is known; NaN where nothing is."""
     known = np.isfinite(values)
     count = known.sum(axis=axis)
@@ -66,7 +66,7 @@ def mean_known(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
 
 def seed_spread(scores: NDArray[np.float64]) -> NDArray[np.float64] | None:
     """(...) standard deviation over seeds (n - 1) of the mean over patients of scores (S, P, ...); None with one seed."""
-    return mean_known(scores, axis=1).std(axis=0, ddof=1) if len(scores) > 1 else None
+    return mean_finite(scores, axis=1).std(axis=0, ddof=1) if len(scores) > 1 else None
 
 
 def signed_rank(differences: NDArray[np.float64]) -> SignedRank:

@@ -10,10 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mstkd.compare.measures import Estimate
 from mstkd.compare.published import PublishedTable
 from mstkd.compare.result import MEAN, Comparison, PairedTest
 from mstkd.compare.tasks import Task
+from mstkd.measures import Estimate
 from mstkd.track.notes import markdown_table
 
 COST_COLUMNS = ("scored_parameters", "trained_parameters", "hours", "seconds_per_case")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import nan
 from typing import Any, ClassVar
 
-from mstkd.compare.measures import COMPLETION, Measure, overlap_in
+from mstkd.measures import COMPLETION, Measure, overlap_in
 from mstkd.subsets import all_subsets, subset_name
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from mstkd.data.sample import Item
-from mstkd.data.staging import NoRoom, Stopped
+from mstkd.data.staging import CopyStopped, NoRoom
 from mstkd.data.store import ShardStore
 from mstkd.shards.spec import ShardEntry
 
@@ -135,7 +135,7 @@ class Stager:
             key, tar = task
             try:
                 self._keep(key, self._bring(key, tar))
-            except Stopped:
+            except CopyStopped:
                 log.debug("%s: no longer wanted", tar.file)
             except Exception as error:
                 log.info("not staged ahead, its reader will try again: %s", error)
@@ -153,7 +153,7 @@ class Stager:
             except NoRoom:
                 with self._changed:
                     self._changed.wait_for(lambda: self._passed > passed or key not in self._wanted)
-        raise Stopped
+        raise CopyStopped
 
     def _keep(self, key: Key, copy: BinaryIO) -> None:
         with self._changed:

@@ -282,7 +282,7 @@ class TrainLoader:
     """Iterates over global steps `start_step .. total_steps - 1`; yields this rank's micro-batches of each step.
 
     A step is a list of (j, Batch), j the micro-batch's index in the global batch. Workers prefetch across steps.
-    `bad_samples` counts the samples that this rank skipped; set it when a run resumes.
+    `bad_samples` counts the samples that this rank skipped since it was made; the trainer counts those of a whole stage.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ class NoRoom(Exception):
     """Only copies in use could make room."""
 
 
-class Stopped(Exception):
+class CopyStopped(Exception):
     """The copy is no longer wanted."""
 
 
@@ -53,7 +53,7 @@ class StagingCache:
         return self._open(source, entry, spare_used=False, stopped=lambda: False)
 
     def open_ahead(self, source: Folder, entry: ShardEntry, stopped: Callable[[], bool]) -> BinaryIO:
-        """As `open`, for a copy that nobody waits for yet: raises NoRoom rather than evict one in use, Stopped once `stopped()`."""
+        """As `open`, for a copy that nobody waits for yet: raises NoRoom rather than evict one in use, CopyStopped once `stopped()`."""
         return self._open(source, entry, spare_used=True, stopped=stopped)
 
     def _open(self, source: Folder, entry: ShardEntry, spare_used: bool, stopped: Callable[[], bool]) -> BinaryIO:
@@ -173,9 +173,9 @@ class PartReceiver(Receiver):
         self._written_bytes = 0
 
     def write(self, data: bytes) -> int:
-        """As Receiver's; raises Stopped once `stopped()`."""
+        """As Receiver's; raises CopyStopped once `stopped()`."""
         if self._stopped():
-            raise Stopped
+            raise CopyStopped
         count = super().write(data)
         if (fresh_bytes := self.received_bytes - self._written_bytes) >= WRITE_BACK_BYTES:
             self.file.flush()

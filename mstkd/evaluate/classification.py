@@ -21,11 +21,13 @@ from torch import Tensor
 
 from mstkd.batch import hide
 from mstkd.config import InferenceConfig
-from mstkd.evaluate.inference import AUTOCAST, evaluation_mode
+from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.sharing import shared_out
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.summary import mean_known, percent
+from mstkd.evaluate.summary import mean_cell, mean_known
+from mstkd.measures import ACCURACY, AUC
 from mstkd.methods import Method
+from mstkd.precision import autocast
 from mstkd.subsets import Subset, all_subsets, subset_name
 
 BLOCK_CASES = 64  # given to a network together; always the same ones, so that the rank count changes nothing
@@ -96,7 +98,7 @@ def _logits(method: Method, network: str, views: dict[str, Tensor], subset: Subs
     first = next(iter(views.values()))
     available = torch.tensor(subset, device=first.device).expand(len(first), -1)
     visible = {name: hide(view, available[:, m], method.intensity.hidden_value) for m, (name, view) in enumerate(views.items())}
-    with torch.autocast(first.device.type, AUTOCAST.get(inference.precision), enabled=inference.precision in AUTOCAST):
+    with autocast(first.device, inference.precision):
         return method.predict(visible, available, network).float()
 
 
@@ -117,7 +119,7 @@ def summarise_decisions(
         by_subset.setdefault(decision.subset, []).append(decision)
     order = [name for subset in all_subsets(sequences) if (name := subset_name(sequences, subset)) in by_subset]
     subsets = {name: _cells(by_subset[name], classes) for name in order}
-    mean = {region: _mean_cell([cells[region] for cells in subsets.values()]) for region in (ALL, *classes)}
+    mean = {region: mean_cell([cells[region] for cells in subsets.values()]) for region in (ALL, *classes)}
     return {"method": method, "split": split, "fold": fold, "subsets": subsets, "mean": mean, "conventions": conventions}
 
 
@@ -140,10 +142,6 @@ def _cells(decisions: Sequence[Decision], classes: Sequence[str]) -> dict[str, d
     return {ALL: {"accuracy": float(right.mean()), "auc": mean_known([cell["auc"] for cell in cells.values()]), "n": len(decisions)}, **cells}
 
 
-def _mean_cell(cells: Sequence[dict]) -> dict[str, float | int | None]:
-    return {"accuracy": mean_known([c["accuracy"] for c in cells]), "auc": mean_known([c["auc"] for c in cells]), "n": sum(c["n"] for c in cells)}
-
-
 def write_decisions(path: Path, decisions: Sequence[Decision], classes: Sequence[str]) -> None:
     """`per_case.csv`: one line per network x case x subset, with the probability of every class."""
     partial = path.with_suffix(".tmp")
@@ -163,13 +161,9 @@ def print_accuracies(summary: dict[str, Any], title: str, console: Console | Non
     for heading in ("accuracy %", "AUC", "cases"):
         table.add_column(heading, justify="right")
     for name, cells in summary["subsets"].items():
-        table.add_row(name, percent(cells[ALL]["accuracy"]), area(cells[ALL]["auc"]), str(cells[ALL]["n"]))
+        table.add_row(name, ACCURACY.dashed(cells[ALL]["accuracy"]), AUC.dashed(cells[ALL]["auc"]), str(cells[ALL]["n"]))
     table.add_section()
-    table.add_row("mean", percent(summary["mean"][ALL]["accuracy"]), area(summary["mean"][ALL]["auc"]), "", style="bold")
+    table.add_row("mean", ACCURACY.dashed(summary["mean"][ALL]["accuracy"]), AUC.dashed(summary["mean"][ALL]["auc"]), "", style="bold")
     console.print(table)
     for key, text in summary["conventions"].items():
         console.print(f"{key}: {text}", style="dim", highlight=False, markup=False)
-
-
-def area(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

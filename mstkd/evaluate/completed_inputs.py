@@ -9,9 +9,9 @@ import numpy as np
 from mstkd.data.sample import Sample
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Case, Predictor, Volume
-from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.methods import Method
 from mstkd.subsets import Subset, possible_subsets, subset_name
+from mstkd.trained_run import TrainedRun, open_run
 
 
 class CompletingPredictor(Predictor):

@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mstkd.batch import hide
 from mstkd.config import InferenceConfig, SliceConfig
 from mstkd.data.intensity import Intensity
 from mstkd.data.planes import Plane
 from mstkd.data.sample import Sample, rng
 from mstkd.errors import UserError
-from mstkd.evaluate.inference import AUTOCAST
 from mstkd.methods import Method
+from mstkd.precision import autocast
 from mstkd.shards.intensity_statistics import statistics
 from mstkd.shards.spec import SubjectMeta
 from mstkd.subsets import Subset, subset_name
@@ -99,7 +100,7 @@ class Completer:
     def fused(self, network: str, part: Slices, subset: Subset) -> Tensor:
         """The features (K, N, C, s, s) that `network` fuses on the way to each of the N sequences outside `subset`; see `Method.fused`."""
         visible, available = self._visible(part, subset)
-        with self._precision():
+        with autocast(self.device, self.inference.precision):
             return self.method.fused(visible, available, part.label.to(self.device), network).float()
 
     def volume(self, network: str, sample: Sample, subset: Subset) -> NDArray[np.float32]:
@@ -146,7 +147,7 @@ class Completer:
 
     def _predict(self, network: str, part: Slices, subset: Subset) -> Tensor:
         visible, available = self._visible(part, subset)
-        with self._draws(part, subset), self._precision():
+        with self._draws(part, subset), autocast(self.device, self.inference.precision):
             if network in self.method.oracles:
                 return self.method.predict_oracle(visible, available, part.label.to(self.device), network).float()
             return self.method.predict(visible, available, network).float()
@@ -154,13 +155,8 @@ class Completer:
     def _visible(self, part: Slices, subset: Subset) -> tuple[Tensor, Tensor]:
         """What a network is shown, (K, M, S, S), and which of it is there, (K, M)."""
         available = torch.tensor([subset], device=self.device)
-        # where, not multiplication: NaN in a hidden pixel must not reach the network
-        visible = torch.where(available[:, :, None, None], part.image.to(self.device), self.intensity.hidden_value)
+        visible = hide(part.image.to(self.device), available, self.intensity.hidden_value)
         return visible, available.expand(len(visible), -1)
-
-    def _precision(self) -> torch.autocast:
-        precision = self.inference.precision
-        return torch.autocast(self.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
     @contextmanager
     def _draws(self, part: Slices, subset: Subset) -> Iterator[None]:

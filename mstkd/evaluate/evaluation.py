@@ -23,9 +23,9 @@ from mstkd.evaluate.report import write_report
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import write_json
 from mstkd.evaluate.tracked import track
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.run_folder import best_steps, recorded
 from mstkd.subsets import Subset
+from mstkd.trained_run import TrainedRun
 
 SCORED = "scored"  # folder of what was scored until all is
 

@@ -19,18 +19,18 @@ from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mstkd.batch import hide
 from mstkd.config import InferenceConfig
 from mstkd.data.intensity import Intensity
 from mstkd.data.sample import Sample
 from mstkd.errors import UserError
 from mstkd.evaluate.postprocess import clear_components, postprocess
 from mstkd.methods import Method
+from mstkd.precision import autocast
 from mstkd.shards.geometry import ras_spacing_mm, restore, restore_scores
 from mstkd.shards.spec import LabelScheme, SubjectMeta
 from mstkd.subsets import Subset
 
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 EPSILON = 1e-6  # probabilities stay so far from 0 and 1 when they become logits again
 
 
@@ -77,7 +77,7 @@ def predict_logits(
     probable, views = inference.average == "probabilities" and not painter, mirrorings(inference.mirror)
 
     def predicted(patch: Tensor) -> Tensor:
-        with torch.autocast(patch.device.type, AUTOCAST.get(inference.precision), enabled=inference.precision in AUTOCAST):
+        with autocast(patch.device, inference.precision):
             return method.predict(patch, available.expand(len(patch), -1), network).float()
 
     def mirrored(patch: Tensor) -> Tensor:
@@ -223,9 +223,8 @@ class Predictor:
 
     def scores(self, network: str, volume: Volume, subset: Subset) -> Tensor:
         """What labels are decided on: logits (K, X, Y, Z) and, where the post-processing looks at it, T1ce behind them."""
-        available, visible = torch.tensor([subset], device=self.device), volume.image
-        if not all(subset):  # where, not multiplication: NaN in a hidden voxel must not reach the network
-            visible = torch.where(available[:, :, None, None, None], volume.image, self.intensity.hidden_value)
+        available = torch.tensor([subset], device=self.device)
+        visible = volume.image if all(subset) else hide(volume.image, available, self.intensity.hidden_value)
         began = time.perf_counter()
         scores = self._logits(network, visible, available)
         if self.device.type == "cuda":

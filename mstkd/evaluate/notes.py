@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from mstkd.data.availability import Availability
 from mstkd.evaluate.overlap import refuse, training_overlap
 from mstkd.evaluate.source import CaseSource, split_subjects
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.subsets import Subset, subset_name
+from mstkd.trained_run import TrainedRun
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mstkd.evaluate import figures
 from mstkd.evaluate.cases import Row, labelled
-from mstkd.evaluate.classification import Decision, area, confusion
+from mstkd.evaluate.classification import Decision, confusion
 from mstkd.evaluate.figures import CasePicture
 from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.summary import beside, counted, percent, tenths
-from mstkd.evaluate.synthesis import Completion, decibels, four_digits
+from mstkd.evaluate.summary import beside, counted
+from mstkd.evaluate.synthesis import Completion
+from mstkd.measures import AUC, DICE, HD95, PSNR, SSIM
 from mstkd.shards.spec import LabelScheme
 from mstkd.subsets import Subset, possible_subsets, subset_name
 
@@ -113,7 +114,7 @@ def write_report(
 ) -> None:
     """One self-contained HTML file; `facts` are shown at its top. `template`: report.html.j2, or one that extends it."""
     environment = Environment(loader=PackageLoader("mstkd.evaluate", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"percent": percent, "millimetres": tenths, "area": area, "decibels": decibels, "four_digits": four_digits}
+    environment.filters |= {"percent": DICE.dashed, "millimetres": HD95.dashed, "area": AUC.dashed, "decibels": PSNR.dashed, "four_digits": SSIM.dashed}
     environment.filters |= {"beside": beside, "counted": counted}
     images = {caption: base64.b64encode(file.read_bytes()).decode() for caption, file in drawn.items()}
     html = environment.get_template(template).render(title=title, facts=facts, summaries=summaries, images=images)

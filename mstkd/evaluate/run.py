@@ -15,10 +15,10 @@ from mstkd.evaluate.evaluation import Evaluation
 from mstkd.evaluate.notes import overlap_note, untrained_note
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.tasks import TASKS, evaluate_paintings
-from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.export.tracked import check_model
 from mstkd.run_folder import evaluation_folder
 from mstkd.subsets import Subset, possible_subsets, proper
+from mstkd.trained_run import TrainedRun, open_run
 
 
 def evaluate_on_ranks(

@@ -3,8 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,22 @@ from rich.table import Table
 
 from mstkd.evaluate.cases import Row
 from mstkd.evaluate.scoring import Score
+from mstkd.measures import ASSD, DICE, HD95, Unit
 from mstkd.subsets import all_subsets, subset_name
 
 COUNTS = ("n", "n_nonempty", "false_positive_cases", "hd95_n", "missed")
+BESIDE = {
+    "sensitivity": Unit("sensitivity %", factor=100),
+    "specificity": Unit("specificity %", factor=100, digits=3),
+    "truth_ml": Unit("truth ml"),
+    "predicted_ml": Unit("predicted ml"),
+    "volume_error_ml": Unit("error ml", signs=True),
+    "absolute_volume_error_ml": Unit("|error| ml"),
+    "assd_mm": ASSD,
+    "lesion_dice": Unit("lesion Dice %", factor=100),
+    "lesion_hd95_mm": Unit("lesion HD95 mm"),
+    "ece": Unit("ECE %", factor=100, digits=3),
+}
 
 
 def summarise(
@@ -34,7 +46,7 @@ def summarise(
     order = [name for name in usual if name in cells] + [name for name in cells if name not in usual]
     subsets = {name: {region: _cell(scores) for region, scores in cells[name].items()} for name in order}
     regions = dict.fromkeys(row.region for row in rows)
-    mean = {region: _mean_cell([subset[region] for subset in subsets.values()]) for region in regions}
+    mean = {region: mean_cell([subset[region] for subset in subsets.values()]) for region in regions}
     return {"method": method, "split": split, "fold": fold, "subsets": subsets, "mean": mean, "conventions": conventions}
 
 
@@ -72,28 +84,19 @@ def print_table(summary: dict[str, Any], title: str, console: Console | None = N
     console.print(table)
     if columns := beside(summary):
         means = Table(title="mean over the lines above", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for heading in ("region", *(column.heading for column in columns)):
+        for heading in ("region", *(unit.heading for unit in columns.values())):
             means.add_column(heading, justify="left" if heading == "region" else "right")
         for region, cell in summary["mean"].items():
-            means.add_row(region, *(column.text(cell[column.key]) for column in columns))
+            means.add_row(region, *(unit.dashed(cell[key]) for key, unit in columns.items()))
         console.print(means)
     for key, text in {"n": counted(summary), **summary["conventions"]}.items():
         console.print(f"{key}: {text}", style="dim", highlight=False, markup=False)
 
 
-@dataclass(frozen=True)
-class Column:
-    """A figure of a summary's cells, as tables show it."""
-
-    key: str
-    heading: str
-    text: Callable[[float | None], str]
-
-
-def beside(summary: dict[str, Any]) -> list[Column]:
-    """What a summary says beside Dice and HD95, and beside counts."""
+def beside(summary: dict[str, Any]) -> dict[str, Unit]:
+    """What a summary says beside Dice and HD95, and beside counts: key -> unit."""
     cell = next(iter(summary["mean"].values()), {})
-    return [column for column in BESIDE if column.key in cell]
+    return {key: unit for key, unit in BESIDE.items() if key in cell}
 
 
 def counted(summary: dict[str, Any]) -> str:
@@ -115,41 +118,16 @@ def mean_known(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def tenths(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def fine_percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.3f}"
-
-
-def signed_tenths(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.1f}"
-
-
-BESIDE = (
-    Column("sensitivity", "sensitivity %", percent),
-    Column("specificity", "specificity %", fine_percent),
-    Column("truth_ml", "truth ml", tenths),
-    Column("predicted_ml", "predicted ml", tenths),
-    Column("volume_error_ml", "error ml", signed_tenths),
-    Column("absolute_volume_error_ml", "|error| ml", tenths),
-    Column("assd_mm", "ASSD mm", tenths),
-    Column("lesion_dice", "lesion Dice %", percent),
-    Column("lesion_hd95_mm", "lesion HD95 mm", tenths),
-    Column("ece", "ECE %", fine_percent),
-)
+def mean_cell(cells: Sequence[dict[str, float | int | None]], counts: Sequence[str] = COUNTS) -> dict[str, float | int | None]:
+    """The unweighted means of a summary's cells; `counts` are summed."""
+    return {key: sum(c[key] for c in cells) if key in counts else mean_known([c[key] for c in cells]) for key in cells[0]}
 
 
 def _texts(cells: dict[str, dict], regions: Sequence[str]) -> list[str]:
     texts = []
     for region in regions:
         cell = cells[region]
-        texts += [percent(cell["dice"]), percent(cell["dice_nonempty"]), tenths(cell["hd95_mm"])]
+        texts += [DICE.dashed(cell["dice"]), DICE.dashed(cell["dice_nonempty"]), HD95.dashed(cell["hd95_mm"])]
     return texts
 
 
@@ -188,7 +166,3 @@ def _beside(scores: list[Score], truth: list[Score], both: list[Score]) -> dict[
         if measured(key):
             cell[key] = mean_known(measured(key))
     return cell
-
-
-def _mean_cell(cells: list[dict]) -> dict[str, float | int | None]:
-    return {key: sum(c[key] for c in cells) if key in COUNTS else mean_known([c[key] for c in cells]) for key in cells[0]}

@@ -28,8 +28,9 @@ from mstkd.evaluate.metrics import bounding_box, region_masks
 from mstkd.evaluate.perceptual import Distance, perceptual_distance
 from mstkd.evaluate.sharing import score_each
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.summary import mean_known
+from mstkd.evaluate.summary import mean_cell, mean_known
 from mstkd.evaluate.texture import radial_spectrum, spectrum_error, z_gradient_error
+from mstkd.measures import COMPLETION, LIKENESS, TEXTURE
 from mstkd.subsets import Subset, all_subsets, part_of, subset_name
 
 WINDOW = 11  # pixels per axis of SSIM's
@@ -37,7 +38,6 @@ REACH = WINDOW // 2  # of a window beyond its centre
 WHOLE = (slice(None), slice(None))  # slice
 IDENTICAL_DB = 100.0  # PSNR of identical images, which has no end
 COUNTS = ("n", "local_n")
-EXTRA = {"z_gradient": "z\ngradient", "spectrum_db": "spectrum\ndB", "lpips": "LPIPS"}  # key -> heading; in summaries where every case has them
 COPY = "copy"  # in place of a network: the first of the given sequences, taken for the one that is missing
 
 Image = NDArray[np.float32]  # (S, S) in [0, 1]
@@ -248,15 +248,15 @@ def summarise_completions(
     for row in completions:
         if np.isnan(row.score.psnr):
             raise UserError(f"network {row.network}: what it makes of case {row.subject} from {row.given} is not a number; look at the loss of its training")
-    extra = [key for key in EXTRA if all(getattr(row.score, key) is not None for row in completions)]
-    patterns = {pattern: _cell(scores, extra) for pattern, scores in cells.items()}
+    texture = [m.key for m in TEXTURE if all(getattr(row.score, m.key) is not None for row in completions)]
+    patterns = {pattern: _cell(scores, texture) for pattern, scores in cells.items()}
     missing: dict[int, list[dict]] = {}
     for pattern, cell in patterns.items():
         missing.setdefault(len(sequences) - len(pattern.partition("->")[0].split("+")), []).append(cell)
     return {
         "method": method, "split": split, "fold": fold, **({"oracle": True} if oracle else {}), "patterns": patterns,
-        "by_missing": {str(count): _mean_cell(missing[count]) for count in sorted(missing)},
-        "mean": _mean_cell(list(patterns.values())), "conventions": conventions,
+        "by_missing": {str(count): mean_cell(missing[count], COUNTS) for count in sorted(missing)},
+        "mean": mean_cell(list(patterns.values()), COUNTS), "conventions": conventions,
     }  # fmt: skip
 
 
@@ -269,14 +269,10 @@ def pattern_scores(completions: Sequence[Completion], sequences: Sequence[str]) 
     return {pattern: cells[pattern] for pattern in usual if pattern in cells}
 
 
-def _cell(scores: Sequence[Likeness], extra: Sequence[str]) -> dict[str, float | int | None]:
-    cell = {key: mean_known([getattr(score, key) for score in scores]) for key in ("psnr", "ssim", "local_psnr", "local_ssim")}
+def _cell(scores: Sequence[Likeness], texture: Sequence[str]) -> dict[str, float | int | None]:
+    cell = {key: mean_known([getattr(score, key) for score in scores]) for key in (m.key for m in LIKENESS)}
     cell |= {"n": len(scores), "local_n": sum(score.local_slices > 0 for score in scores)}
-    return cell | {key: mean_known([getattr(score, key) for score in scores]) for key in ("brain_psnr", "brain_ssim", *extra)}
-
-
-def _mean_cell(cells: Sequence[dict]) -> dict[str, float | int | None]:
-    return {key: sum(c[key] for c in cells) if key in COUNTS else mean_known([c[key] for c in cells]) for key in cells[0]}
+    return cell | {key: mean_known([getattr(score, key) for score in scores]) for key in ("brain_psnr", "brain_ssim", *texture)}
 
 
 def write_completions(path: Path, completions: Sequence[Completion]) -> None:
@@ -295,8 +291,9 @@ def print_likeness(summary: dict[str, Any], title: str, console: Console | None 
     console = console or Console()
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("pattern", no_wrap=True)
-    for heading in ("PSNR\ndB", "SSIM", "local\nPSNR", "local\nSSIM", *(heading for key, heading in EXTRA.items() if key in summary["mean"]), "cases"):
-        table.add_column(heading, justify="right")
+    headings = [measure.title if measure.local else measure.unit.heading for measure in COMPLETION if measure.key in summary["mean"]]
+    for heading in (*headings, "cases"):
+        table.add_column(heading.replace(" ", "\n"), justify="right")
     for name, cell in summary["patterns"].items():
         table.add_row(name, *_texts(cell), str(cell["n"]))
     table.add_section()
@@ -306,14 +303,5 @@ def print_likeness(summary: dict[str, Any], title: str, console: Console | None 
         console.print(f"{key}: {text}", style="dim", highlight=False, markup=False)
 
 
-def decibels(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def four_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def _texts(cell: dict[str, float | int | None]) -> list[str]:
-    texts = [decibels(cell["psnr"]), four_digits(cell["ssim"]), decibels(cell["local_psnr"]), four_digits(cell["local_ssim"])]
-    return texts + [(decibels if key.endswith("_db") else four_digits)(cell[key]) for key in EXTRA if key in cell]
+    return [measure.unit.dashed(cell[measure.key]) for measure in COMPLETION if measure.key in cell]

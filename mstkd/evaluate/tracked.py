@@ -7,11 +7,11 @@ from typing import Any
 
 from mstkd.evaluate.cases import PRESENT
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.export.tracked import log_model
 from mstkd.run_folder import read_record
 from mstkd.track import Tracker, open_evaluation
 from mstkd.track.notes import markdown_table
+from mstkd.trained_run import TrainedRun
 
 MEAN = "mean"
 SHOWN = {  # the figures of a cell that have charts for every line; of the others MLflow has the means, and the table

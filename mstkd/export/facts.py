@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from mstkd import __version__
 from mstkd.config import InferenceConfig, IntensityConfig
 from mstkd.errors import UserError
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.methods import resolve
 from mstkd.shards.dataset import DatasetSpec, PreprocessConfig
 from mstkd.shards.spec import LabelScheme, Strict
+from mstkd.trained_run import TrainedRun
 
 FACTS = "mstkd.json"
 

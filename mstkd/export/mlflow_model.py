@@ -18,10 +18,10 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 
 from mstkd.errors import UserError
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.export.facts import StudentFacts
 from mstkd.export.weights import write_weights
 from mstkd.loaded import BRAIN, LoadedModel, load
+from mstkd.trained_run import TrainedRun
 
 os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # a uv project in the working directory is no part of the model
 

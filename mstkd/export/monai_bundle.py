@@ -17,10 +17,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from mstkd.errors import UserError
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.export import bundle_case
 from mstkd.export.facts import FACTS, StudentFacts, write_facts
 from mstkd.export.window import LabelRule, WindowNetwork, checked, example, tried_subsets
+from mstkd.trained_run import TrainedRun
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 PACKAGES = ("nibabel", "scipy")  # beside what MONAI itself needs

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from mstkd.errors import UserError
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.export.facts import StudentFacts, write_facts
 from mstkd.export.window import LabelRule, WindowNetwork, checked, example, tried_subsets
+from mstkd.trained_run import TrainedRun
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 LABELS = "labels.onnx"

@@ -4,10 +4,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mstkd.errors import UserError
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.export.facts import facts_of
 from mstkd.predict.cases import dataset_of
 from mstkd.track import Tracker
+from mstkd.trained_run import TrainedRun
 
 
 def check_model(run: TrainedRun) -> None:

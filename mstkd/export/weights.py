@@ -5,9 +5,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 
 from mstkd.errors import UserError
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.export.facts import StudentFacts, write_facts
 from mstkd.methods import Method
+from mstkd.trained_run import TrainedRun
 
 
 def write_weights(run: TrainedRun, facts: StudentFacts, folder: Path) -> None:
@@ -19,7 +19,7 @@ def write_weights(run: TrainedRun, facts: StudentFacts, folder: Path) -> None:
     write_facts(facts, folder)
 
 
-def read_weights(method: Method, facts: StudentFacts, folder: Path) -> None:
+def load_exported(method: Method, facts: StudentFacts, folder: Path) -> None:
     """Fill the method's networks. Raises UserError if a file is not there or does not fit."""
     for name, file in facts.weights.items():
         path = folder / file

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mstkd.batch import hide
 from mstkd.errors import UserError
 from mstkd.methods import Method
 from mstkd.models.symmetric import symmetric_form
@@ -27,7 +28,7 @@ class WindowNetwork(nn.Module):
 
     def forward(self, image: Tensor, available: Tensor) -> Tensor:
         (method,) = self.method
-        visible = torch.where(available[:, :, None, None, None], image, method.intensity.hidden_value)
+        visible = hide(image, available, method.intensity.hidden_value)
         with symmetric_form():
             return method.predict(visible, available, self.network).float()
 
@@ -70,7 +71,7 @@ def largest_difference(method: Method, network: str, image: Tensor, subsets: lis
     worst = 0.0
     for subset in subsets:
         available = torch.tensor([subset])
-        visible = torch.where(available[:, :, None, None, None], image, method.intensity.hidden_value)
+        visible = hide(image, available, method.intensity.hidden_value)
         expected = method.predict(visible, available, network).float()
         worst = max(worst, float((graph(image, available) - expected).abs().max() / expected.abs().max()))
     return worst

@@ -20,11 +20,13 @@ from mstkd.losses.adversarial import critic_loss, deception_loss, gradient_penal
 from mstkd.losses.precision import full_precision
 from mstkd.losses.translation import local_consistency, tumour_image
 from mstkd.methods import DataFacts, Method, Role, RoleStep
+from mstkd.methods._terms import weighted
 from mstkd.models.critics import Critic
 from mstkd.models.recompute import statistics_kept
 from mstkd.models.utad_net import Translation
 
 PREFERRED = ("flair", "t2", "t1ce", "t1")  # source of a translation, where a case has several: the first of these
+SCHEDULE = ScheduleConfig(name="linear", per="epoch", constant_share=0.5, min_lr_ratio=0.01)  # the rate falls in the second half
 
 
 class TanhIntensity(IntensityConfig):
@@ -157,8 +159,7 @@ class GeneratorStep(RoleStep):
             with torch.no_grad():
                 full = replace(self.task, guided=True).translate(teacher, image, target, mask)
             terms |= transfer(full, made)
-        loss = sum(getattr(self.config.weights, name) * term for name, term in terms.items())
-        return StepOutput(loss, {name: term.detach() for name, term in terms.items()})
+        return weighted(terms, self.config.weights)
 
 
 class SliceTranslation(Method):
@@ -180,8 +181,7 @@ class SliceTranslation(Method):
     def roles_of(self, name: str, task: Task, teacher: nn.Module | None = None) -> dict[str, Role]:
         """Of a stage that trains the generator `name`, with the published optimiser and schedule."""
         critics, generator = self.networks["critics"], self.networks[name]
-        schedule = ScheduleConfig(name="linear", per="epoch", constant_share=0.5, min_lr_ratio=0.01)
-        common = {"optimizer": OptimizerConfig(name="adam", lr=1e-4, betas=(0.9, 0.999)), "schedule": schedule}
+        common = {"optimizer": OptimizerConfig(name="adam", lr=1e-4, betas=(0.9, 0.999)), "schedule": SCHEDULE}
         judging, making = CriticsStep(critics, generator, task, self.config), GeneratorStep(generator, critics, task, self.config, teacher)
         return {
             "critics": Role(judging, ("critics",), borrows=(name,), double_backward=True, **common),

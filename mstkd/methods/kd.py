@@ -18,7 +18,9 @@ from mstkd.losses.dice import soft_dice
 from mstkd.losses.distillation import feature_matching, standardised_kl
 from mstkd.losses.logits import bernoulli_kl
 from mstkd.losses.precision import full_precision
-from mstkd.methods import DataFacts, Method, Role, RoleStep
+from mstkd.methods import DataFacts, Role, RoleStep
+from mstkd.methods._terms import weighted
+from mstkd.methods._tumours import TumourSegmentation, encoded
 from mstkd.models.segmenter import Projections, Segmentation, Segmenter, stride
 from mstkd.targets import TumourChannels
 
@@ -113,9 +115,8 @@ class DistillStep(RoleStep):
         return terms
 
 
-class KD(Method):
+class KD(TumourSegmentation):
     Config = KDConfig
-    task = "segmentation"
     stages = ("teacher", "student")
     sees_all = ("teacher",)
     paper = "Hinton et al., 2015; FitNets, ICLR 2015"
@@ -143,15 +144,6 @@ class KD(Method):
 
     def needs(self, stage: str) -> dict[str, str]:
         return {"teacher": "teacher"} if stage == "student" else {}
-
-    def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
-        return self.networks[network](image).logits
-
-    def to_labels(self, logits: Tensor) -> Tensor:
-        return self.channels.decode(logits)
-
-    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
-        return self.channels.probabilities(logits)
 
 
 def build_network(name: str, config: ArchitectureConfig, facts: DataFacts, outputs: int, inputs: int | None = None) -> Segmenter:
@@ -182,23 +174,11 @@ def check_divisible(name: str, config: ArchitectureConfig, crop: tuple[int, int,
         raise UserError(f"{key} {list(crop)}: {config.architecture} of method.{name} needs multiples of {list(steps)}; use {nearest}")
 
 
-def encoded(batch: Batch, channels: TumourChannels) -> Tensor:
-    """Targets (B, K, X, Y, Z). Raises UserError if the shard set has no labels."""
-    if batch.label is None:
-        raise UserError(f"subject {batch.subject[0]}: no label in the shard set; this method trains on labelled subjects only")
-    return channels.encode(batch.label)
-
-
 def fit_terms(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     """How far logits (B, K, X, Y, Z) are from the targets in {0, 1}; Dice is the mean over the channels."""
     with full_precision(logits):
         logits = logits.float()
         return {"dice": soft_dice(logits.sigmoid(), target).mean(), "bce": F.binary_cross_entropy_with_logits(logits, target)}
-
-
-def weighted(terms: dict[str, Tensor], weights: FitWeights) -> StepOutput:
-    loss = sum(getattr(weights, name) * term for name, term in terms.items())
-    return StepOutput(loss, {name: term.detach() for name, term in terms.items()})
 
 
 def _alike(full: tuple[Tensor, ...], missing: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:

@@ -169,12 +169,7 @@ class SliceCompletion(Method):
         return AvailabilityConfig(kind="proper") if self.config.unified else AvailabilityConfig(kind="fixed", subsets=list(self._subsets))
 
     def check_available(self, available: Tensor) -> None:
-        if not bool((available.any(1) & ~available.all(1)).all()):
-            everything = bool(available.all(1).any())
-            raise UserError(
-                f"data.availability: a sample has {'every sequence, and nothing is to be completed' if everything else 'no sequence to complete from'}; "
-                "give at least one and leave out at least one (kind: proper)"
-            )
+        check_proper(available)
 
     def roles(self, stage: str) -> dict[str, Role]:
         optimizer = OptimizerConfig(name="adam", lr=1e-4, betas=(0.9, 0.999))
@@ -219,6 +214,16 @@ class M2DN(SliceCompletion):
 def missing_of(available: Tensor) -> Tensor:
     """v (B, M) float, 1 = missing, from (B, M) bool, True = available."""
     return (~available).float()
+
+
+def check_proper(available: Tensor) -> None:
+    """Raise UserError where a sample (B, M) has no sequence to complete from, or every one."""
+    if not bool((available.any(1) & ~available.all(1)).all()):
+        everything = bool(available.all(1).any())
+        raise UserError(
+            f"data.availability: a sample has {'every sequence, and nothing is to be completed' if everything else 'no sequence to complete from'}; "
+            "give at least one and leave out at least one (kind: proper)"
+        )
 
 
 def given_subsets(subset: str | None, sequences: tuple[str, ...]) -> tuple[str, ...]:

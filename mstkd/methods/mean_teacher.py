@@ -5,12 +5,13 @@ never trained by gradient, so nothing has to be trained before. Losses and netwo
 """
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from mstkd.batch import Progress
 from mstkd.config import OptimizerConfig, ScheduleConfig
 from mstkd.losses.distillation import ramp_up
-from mstkd.methods import DataFacts, Method, Role
+from mstkd.methods import DataFacts, Role
+from mstkd.methods._tumours import TumourSegmentation
 from mstkd.methods.kd import DistillConfig, DistillStep, NetworkConfig, WeightConfig, build_network, check_divisible
 from mstkd.targets import TumourChannels
 
@@ -31,9 +32,8 @@ class MeanTeacherStep(DistillStep):
         return ramp_up(progress.epoch, self.config.ramp_epochs)
 
 
-class MeanTeacher(Method):
+class MeanTeacher(TumourSegmentation):
     Config = MeanTeacherConfig
-    task = "segmentation"
     stages = ("distill",)
     paper = "Tarvainen & Valpola, NeurIPS 2017"
     reproduces = "the averaged teacher, without unlabelled data; no table"
@@ -60,15 +60,6 @@ class MeanTeacher(Method):
                 schedule=ScheduleConfig(name="poly"),
             )
         }
-
-    def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
-        return self.networks[network](image).logits
-
-    def to_labels(self, logits: Tensor) -> Tensor:
-        return self.channels.decode(logits)
-
-    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
-        return self.channels.probabilities(logits)
 
 
 METHOD = MeanTeacher

@@ -11,22 +11,25 @@ Where this differs from the paper, and why:
 """
 
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
-from mstkd.config import OptimizerConfig, ScheduleConfig, Section
+from mstkd.config import OptimizerConfig, ScheduleConfig
 from mstkd.errors import UserError
 from mstkd.losses.dice import soft_dice
 from mstkd.losses.precision import full_precision
-from mstkd.methods import DataFacts, Method, Role, RoleStep
-from mstkd.methods.kd import FitConfig, FitWeights, encoded, fit_terms, weighted
+from mstkd.methods import DataFacts, Role, RoleStep
+from mstkd.methods._terms import weighted
+from mstkd.methods._transformer import TransformerConfig
+from mstkd.methods._tumours import TumourSegmentation, encoded
+from mstkd.methods.kd import FitConfig, FitWeights, fit_terms
 from mstkd.models.mmformer import STRIDE, Fusion, Join, Level, MMFormer
 from mstkd.models.transformer_unet import Layer
 from mstkd.targets import TumourChannels
 
 
-class NetworkConfig(Section):
+class NetworkConfig(TransformerConfig):
     """Defaults: about the published size."""
 
     width: int = Field(8, ge=1)  # channels at full resolution
@@ -35,12 +38,6 @@ class NetworkConfig(Section):
     heads: int = Field(8, ge=1)
     mlp_dim: int = Field(4096, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)  # transformers
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "NetworkConfig":
-        if self.embed_dim % self.heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}")
-        return self
 
 
 class MMFormerWeights(FitWeights):
@@ -83,9 +80,8 @@ class MMFormerStep(RoleStep):
         return self.weights.dice * dice + self.weights.bce * bce
 
 
-class MMFormerMethod(Method):
+class MMFormerMethod(TumourSegmentation):
     Config = MMFormerConfig
-    task = "segmentation"
     stages = ("train",)
     complete_only = False
     scored = ("student",)
@@ -112,12 +108,6 @@ class MMFormerMethod(Method):
 
     def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
         return self.networks[network](image, available).logits
-
-    def to_labels(self, logits: Tensor) -> Tensor:
-        return self.channels.decode(logits)
-
-    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
-        return self.channels.probabilities(logits)
 
 
 METHOD = MMFormerMethod

@@ -7,7 +7,8 @@ sequences that its draw hides; the network learns the labels from the others, wi
 from torch import Tensor, nn
 
 from mstkd.batch import Batch
-from mstkd.methods import DataFacts, Method, Role
+from mstkd.methods import DataFacts, Role
+from mstkd.methods._tumours import TumourSegmentation
 from mstkd.methods.kd import ArchitectureConfig, FitConfig, FitStep, build_network, check_divisible, fit_role
 from mstkd.models.segmenter import BLOCKS
 from mstkd.targets import TumourChannels
@@ -22,9 +23,8 @@ class SeenStep(FitStep):
         return batch.visible()
 
 
-class MonaiNetwork(Method):
+class MonaiNetwork(TumourSegmentation):
     Config = MonaiNetworkConfig
-    task = "segmentation"
     stages = ("train",)
     complete_only = False
     scored = ("student",)
@@ -43,15 +43,6 @@ class MonaiNetwork(Method):
 
     def roles(self, stage: str) -> dict[str, Role]:
         return {"student": fit_role(SeenStep(self.networks["student"], self.channels, self.config.weights), ("student",))}
-
-    def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
-        return self.networks[network](image).logits
-
-    def to_labels(self, logits: Tensor) -> Tensor:
-        return self.channels.decode(logits)
-
-    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
-        return self.channels.probabilities(logits)
 
 
 METHOD = MonaiNetwork

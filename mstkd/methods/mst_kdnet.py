@@ -20,17 +20,20 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from mstkd.batch import Batch, Progress, StepOutput
+from mstkd.batch import Batch, Progress, StepOutput, hide
 from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Section
 from mstkd.errors import UserError
 from mstkd.losses.dice import soft_dice
 from mstkd.losses.distillation import attention_extremes, consistency, feature_matching, ramp_up, reference_kl, standardised_kl
 from mstkd.losses.precision import full_precision
 from mstkd.losses.style import reference_style_matching, style_matching
-from mstkd.methods import DataFacts, Method, Role, RoleStep
+from mstkd.methods import DataFacts, Role, RoleStep
+from mstkd.methods._terms import weighted
+from mstkd.methods._transformer import TransformerConfig
+from mstkd.methods._tumours import TumourSegmentation, encoded
 from mstkd.models.mst_kdnet import Features, MSTKDNetwork, ResidualBlock, Up, stride
 from mstkd.models.style_critic import StyleCritic
 from mstkd.models.symmetric import symmetric
@@ -43,26 +46,18 @@ FEW_TOKENS = 27
 PUBLISHED_TOKENS = 120  # of the 160 x 192 x 128 crop, to which the published weight of the attention term belongs
 
 
-class NetworkConfig(Section):
+class NetworkConfig(TransformerConfig):
     """Defaults: the published network, 154,334,148 parameters each for teacher and student."""
 
     width: int = Field(16, ge=8, multiple_of=8)  # channels at full resolution; GroupNorm has 8 groups
     decoder_width: int = Field(16, ge=1)  # of the transformer's decoder: its features have 4, 8, 16 and 32 times as many channels
-    embed_dim: int = Field(768, ge=1)
     layers: int = Field(12, ge=4, multiple_of=4)  # four evenly spaced ones are distilled
-    heads: int = Field(12, ge=1)
     mlp_dim: int = Field(2048, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)  # transformer
     fuse_dropout: float = Field(0.2, ge=0, lt=1)  # where style and content are joined
     norm: Literal["batch", "instance"] = "batch"  # of the transformer's decoder
     bn_eval: Literal["running", "batch"] = "running"  # statistics of `norm: batch` in evaluation
     last_stride: Literal[1, 2] = 2  # 1: one down-sampling fewer, for small crops; 16 instead of 32 voxels per token and axis
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "NetworkConfig":
-        if self.embed_dim % self.heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}")
-        return self
 
 
 class WeightConfig(Section):
@@ -114,18 +109,15 @@ class NetworksStep(RoleStep):
         self.channels, self.config = channels, config
 
     def forward(self, batch: Batch, carry: dict[str, Tensor], progress: Progress) -> StepOutput:
-        if batch.label is None:
-            raise UserError(f"subject {batch.subject[0]}: no label in the shard set; mst_kdnet trains on labelled subjects only")
-        target = self.channels.encode(batch.label)
+        target = encoded(batch, self.channels)
         full, missing = self.teacher(batch.image), self.student(student_input(batch, self.config.missing_fill))
         deceived = [critic(missing.style) for critic in self.borrowed]
         with full_precision(batch.image):
             terms = self._terms(_float(full), _float(missing), target)
             for logit in deceived:
                 terms["adversarial"] = _bce(logit.float(), 0.0)
-        loss = sum(self._weight(name, progress) * term for name, term in terms.items())
         carry = {"style_full": full.style.detach(), "style_missing": missing.style.detach()}
-        return StepOutput(loss, {name: term.detach() for name, term in terms.items()}, carry)
+        return weighted(terms, self.config.weights, carry, consistency=ramp_up(progress.epoch, self.config.ramp_epochs))
 
     def _terms(self, full: Features, missing: Features, target: Tensor) -> dict[str, Tensor]:
         """All loss terms but the adversarial one, unweighted."""
@@ -154,10 +146,6 @@ class NetworksStep(RoleStep):
             terms["gsm"] = matching(*((f.encoded, f.style, f.content) for f in (full, missing)))
         return terms
 
-    def _weight(self, name: str, progress: Progress) -> float:
-        ramp = ramp_up(progress.epoch, self.config.ramp_epochs) if name == "consistency" else 1.0
-        return getattr(self.config.weights, name) * ramp
-
 
 class CriticStep(RoleStep):
     """The critic learns to call the teacher's style maps 0 and the student's 1."""
@@ -173,9 +161,8 @@ class CriticStep(RoleStep):
         return StepOutput(loss, {"critic": loss.detach()})
 
 
-class MSTKDNet(Method):
+class MSTKDNet(TumourSegmentation):
     Config = MSTKDNetConfig
-    task = "segmentation"
     stages = ("distill",)
     complete_only = True
     scored = ("student", "teacher")
@@ -210,15 +197,8 @@ class MSTKDNet(Method):
 
     def predict(self, image: Tensor, available: Tensor, network: str = "student") -> Tensor:
         check_divisible(self.config.network, tuple(image.shape[2:]), "inference.window")
-        visible = torch.where(available[:, :, None, None, None], image, self._hidden(image))
         with torch.no_grad(), _evaluating(self.networks[network]) as module:
-            return module(visible).logits
-
-    def to_labels(self, logits: Tensor) -> Tensor:
-        return self.channels.decode(logits)
-
-    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
-        return self.channels.probabilities(logits)
+            return module(hide(image, available, self._hidden(image))).logits
 
     def _hidden(self, image: Tensor) -> Tensor | float:
         """What hidden sequences hold; noise is the same in every call, so that a prediction can be repeated."""
@@ -247,7 +227,7 @@ def student_input(batch: Batch, fill: Literal["zeros", "noise"]) -> Tensor:
     """(B, M, X, Y, Z): the available sequences; the others hold zeros (the lower end of the interval) or noise."""
     if fill == "zeros":
         return batch.visible()
-    return torch.where(batch.available[:, :, None, None, None], batch.image, torch.randn_like(batch.image))
+    return hide(batch.image, batch.available, torch.randn_like(batch.image))
 
 
 def check_divisible(network: NetworkConfig, size: tuple[int, int, int], key: str) -> None:

@@ -12,12 +12,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mstkd.batch import Batch, Progress, StepOutput
-from mstkd.config import AvailabilityConfig, OptimizerConfig, ScheduleConfig, Section
+from mstkd.config import AvailabilityConfig, OptimizerConfig, Section
 from mstkd.errors import UserError
 from mstkd.losses.adversarial import realness_error
 from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Method, Role, RoleStep
-from mstkd.methods._translation import CriticConfig, NetworkConfig, TanhIntensity, check_size
+from mstkd.methods._terms import weighted
+from mstkd.methods._translation import SCHEDULE, CriticConfig, NetworkConfig, TanhIntensity, check_size
 from mstkd.methods.m2dn import given_subsets
 from mstkd.models.critics import PatchCritic, initialise
 from mstkd.models.utad_net import Decoder, Double, Encoder, Up
@@ -86,8 +87,7 @@ class GeneratorStep(RoleStep):
         verdict = self.critic[0](torch.cat([given, made], 1))
         with full_precision(given):
             terms = {"l1": F.l1_loss(made, truth), "adversarial": realness_error(verdict.float(), True)}
-        loss = self.weights.l1 * terms["l1"] + self.weights.adversarial * terms["adversarial"]
-        return StepOutput(loss, {name: term.detach() for name, term in terms.items()})
+        return weighted(terms, self.weights)
 
 
 class Pix2Pix(Method):
@@ -122,8 +122,7 @@ class Pix2Pix(Method):
 
     def roles(self, stage: str) -> dict[str, Role]:
         generator, critic = self.networks["student"], self.networks["critic"]
-        schedule = ScheduleConfig(name="linear", per="epoch", constant_share=0.5, min_lr_ratio=0.01)
-        common = {"optimizer": OptimizerConfig(name="adam", lr=2e-4, betas=(0.5, 0.999)), "schedule": schedule}
+        common = {"optimizer": OptimizerConfig(name="adam", lr=2e-4, betas=(0.5, 0.999)), "schedule": SCHEDULE}
         return {
             "critic": Role(CriticStep(critic, generator, self.given, self.missing), ("critic",), borrows=("student",), **common),
             "generator": Role(

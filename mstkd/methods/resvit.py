@@ -12,27 +12,23 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from torch import nn
 
-from mstkd.config import Section
+from mstkd.methods._transformer import TransformerConfig
 from mstkd.methods._translation import PlainTranslation, TranslationConfig, check_size
 from mstkd.models.resvit import STRIDE, Attending, Residual, ResViTGenerator
 
 
-class NetworkConfig(Section):
+class NetworkConfig(TransformerConfig):
     """Defaults: the published sizes."""
 
     width: int = Field(64, ge=1)  # channels at full resolution
     blocks: int = Field(9, ge=1)
     attending: list[Annotated[int, Field(ge=0)]] = [0, 5]  # positions of the blocks with a transformer, from 0
-    embed_dim: int = Field(768, ge=1)
     layers: int = Field(12, ge=1)
-    heads: int = Field(12, ge=1)
     mlp_dim: int = Field(3072, ge=1)
     dropout: float = Field(0.1, ge=0, lt=1)  # transformer
 
     @model_validator(mode="after")
-    def _fits(self) -> "NetworkConfig":
-        if self.embed_dim % self.heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of heads {self.heads}")
+    def _blocks_are_there(self) -> "NetworkConfig":
         if any(position >= self.blocks for position in self.attending):
             raise ValueError(f"attending {self.attending}: there are {self.blocks} blocks, counted from 0")
         return self

@@ -28,8 +28,8 @@ from mstkd.config import AvailabilityConfig, IntensityConfig, OptimizerConfig, S
 from mstkd.errors import UserError
 from mstkd.losses.dice import plain_dice
 from mstkd.losses.domain import alignment, classification, undecided
-from mstkd.methods import DataFacts, Method, Role, RoleStep
-from mstkd.methods.kd import encoded
+from mstkd.methods import DataFacts, Role, RoleStep
+from mstkd.methods._tumours import TumourSegmentation, encoded
 from mstkd.models.shaspec import STRIDE, Bottleneck, Pyramid, ShaSpecNetwork, ShaSpecOutput, Up
 from mstkd.targets import TumourChannels
 
@@ -46,10 +46,16 @@ class NetworkConfig(Section):
     reference_global: bool = False
 
 
+class DomainWeights(Section):
+    """Of the small losses beside the task's, by the names under which they are logged (unweighted); the paper's alpha and beta."""
+
+    dao: float = Field(0.1, ge=0)  # alignment of shared features
+    dco: float = Field(0.02, ge=0)  # classification of specific features
+
+
 class ShaSpecConfig(Section):
     network: NetworkConfig = NetworkConfig()
-    alpha: float = Field(0.1, ge=0)  # weight of the alignment of shared features, logged as dao
-    beta: float = Field(0.02, ge=0)  # weight of the classification of specific features, logged as dco
+    weights: DomainWeights = DomainWeights()
     alignment: Literal["l1", "mse", "kl", "ce"] = "l1"
     cyclic: bool = False  # alignment of neighbours in the list only
     include_missing: bool = False  # both losses also see encodings of zeros
@@ -74,7 +80,8 @@ class SegmentStep(RoleStep):
             terms = task_terms(output.logits.float(), target, self.config.reference_dice)
             terms["dao"] = self._alignment(output)
             terms["dco"] = classification(output.domains.float(), output.pairs)
-        loss = terms["dice"] + terms["bce"] + self.config.alpha * terms["dao"] + self.config.beta * terms["dco"]
+        weights = self.config.weights
+        loss = terms["dice"] + terms["bce"] + weights.dao * terms["dao"] + weights.dco * terms["dco"]
         return StepOutput(loss, {name: term.detach() for name, term in terms.items()})
 
     def _alignment(self, output: ShaSpecOutput) -> Tensor:
@@ -84,9 +91,8 @@ class SegmentStep(RoleStep):
         return alignment(shared, output.pairs, output.domains.shape[1], config.alignment, config.cyclic)
 
 
-class ShaSpec(Method):
+class ShaSpec(TumourSegmentation):
     Config = ShaSpecConfig
-    task = "segmentation"
     stages = ("complete", "missing")
     complete_only = False
     scored = ("student",)
@@ -126,12 +132,6 @@ class ShaSpec(Method):
         self.check_crop(self.config, tuple(image.shape[2:]), "inference.window")
         with torch.no_grad():
             return self.networks[network](image, available).logits
-
-    def to_labels(self, logits: Tensor) -> Tensor:
-        return self.channels.decode(logits)
-
-    def probabilities(self, logits: Tensor) -> dict[str, Tensor]:
-        return self.channels.probabilities(logits)
 
     def features(self, image: Tensor, available: Tensor) -> dict[str, tuple[Tensor, list[int]]]:
         with torch.no_grad():

@@ -18,27 +18,21 @@ from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Secti
 from mstkd.errors import UserError
 from mstkd.losses.domain import alignment, classification
 from mstkd.methods import DataFacts, Method, Role, RoleStep
+from mstkd.methods.shaspec import DomainWeights
 from mstkd.models.shaspec_views import SharedSpecificClassifier
-
-
-class WeightConfig(Section):
-    """Weights of the auxiliary losses beside the cross-entropy."""
-
-    dao: float = Field(0.1, ge=0)
-    dco: float = Field(0.02, ge=0)
 
 
 class ShaSpecClassifyConfig(Section):
     width: int = Field(128, ge=1)  # features of a view
     hidden: int = Field(128, ge=1)  # of the head's first layer
     dropout: float = Field(0.5, ge=0, lt=1)  # between the head's layers
-    weights: WeightConfig = WeightConfig()
+    weights: DomainWeights = DomainWeights()
 
 
 class ClassifyStep(RoleStep):
     """The classes, from the views that the sample may show."""
 
-    def __init__(self, network: nn.Module, weights: WeightConfig):
+    def __init__(self, network: nn.Module, weights: DomainWeights):
         super().__init__()
         self.network, self.weights = network, weights
 

@@ -14,7 +14,8 @@ from mstkd.config import Section
 from mstkd.losses.dice import soft_dice
 from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Role, RoleStep
-from mstkd.methods.kd import encoded
+from mstkd.methods._terms import weighted
+from mstkd.methods._tumours import encoded
 from mstkd.methods.mst_kdnet import MSTKDNet, TrunkConfig, build_trunk, check_divisible, networks_role, student_input
 from mstkd.targets import TumourChannels
 
@@ -44,8 +45,7 @@ class AloneStep(RoleStep):
             terms = {dice: soft_dice(logits.float().sigmoid(), target).sum()}
             if weights.bce:
                 terms["bce"] = getattr(weights, dice) * F.binary_cross_entropy_with_logits(logits.float(), target)
-        loss = sum(getattr(weights, name) * term for name, term in terms.items())
-        return StepOutput(loss, {name: term.detach() for name, term in terms.items()})
+        return weighted(terms, weights)
 
 
 class StudentOnly(MSTKDNet):

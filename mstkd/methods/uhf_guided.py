@@ -31,7 +31,8 @@ from mstkd.losses.adversarial import least_squares_critic_loss, least_squares_de
 from mstkd.losses.distillation import feature_matching, moment_matching
 from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Method, Role, RoleStep
-from mstkd.models.uhf_backbones import Double, MonaiSegResNet, MonaiSwinUNETR, Up, build_backbone, multiple_of
+from mstkd.methods._terms import weighted
+from mstkd.models.uhf_backbones import Double, Up, build_backbone, multiple_of
 from mstkd.models.uhf_fusion import Fusion, GuidedSegmenter
 from mstkd.models.uhf_keeper import Dense, Guide, Keeper, Silent
 from mstkd.models.uhf_layers import Block, PatchCritic, channels_of
@@ -333,11 +334,6 @@ def keeper_terms(guide: list[Tensor], wanted: list[Tensor], made: Tensor, image:
         "feature": feature_matching(wanted, guide), "moment": moment_matching(wanted, guide), "image": F.l1_loss(made.float(), image),
         "adversarial": least_squares_deception_loss(score.float()),
     }  # fmt: skip
-
-
-def weighted(terms: dict[str, Tensor], weights: WeightConfig) -> StepOutput:
-    loss = sum(getattr(weights, name) * term for name, term in terms.items())
-    return StepOutput(loss, {name: term.detach() for name, term in terms.items()})
 
 
 METHOD = UHFGuided

@@ -8,13 +8,13 @@ what is given, and learn by squared error over the missing sequences, as `m2dn` 
 import torch
 from torch import Tensor, nn
 
-from mstkd.batch import Batch, Progress, StepOutput
+from mstkd.batch import Batch, Progress, StepOutput, hide
 from mstkd.config import AvailabilityConfig, OptimizerConfig, Section
 from mstkd.losses.completion import completion_errors
 from mstkd.losses.precision import full_precision
 from mstkd.methods import DataFacts, Method, Role, RoleStep
 from mstkd.methods._translation import TanhIntensity
-from mstkd.methods.m2dn import SliceCompletion, given_subsets, missing_of
+from mstkd.methods.m2dn import check_proper, given_subsets, missing_of
 
 
 class RegressionConfig(Section):
@@ -34,7 +34,7 @@ class Regressions(nn.Module):
     def forward(self, image: Tensor, available: Tensor) -> Tensor:
         """(B, M, S, S), 0 at background, from image (B, M, S, S), in which background is 0; what is not available (B, M) is not looked at."""
         number = (available.long() << torch.arange(available.shape[1], device=available.device)).sum(1)
-        given = torch.where(available[:, :, None, None], image, 0.0)
+        given = hide(image, available, 0.0)
         made = torch.einsum("btm,bmxy->btxy", self.weight[number], given) + self.bias[number][:, :, None, None]
         return torch.where((given > 0).any(1, keepdim=True), made, 0.0)
 
@@ -72,7 +72,8 @@ class VoxelRegression(Method):
     def availability(self, stage: str) -> AvailabilityConfig:
         return AvailabilityConfig(kind="proper")
 
-    check_available = SliceCompletion.check_available
+    def check_available(self, available: Tensor) -> None:
+        check_proper(available)
 
     def roles(self, stage: str) -> dict[str, Role]:
         step = RegressionStep(self.networks["student"], self.intensity.hidden_value)

@@ -20,7 +20,6 @@ from rich.console import Console
 from mstkd.errors import CasesFailedError, UserError
 from mstkd.evaluate.completed_inputs import CompletingPredictor
 from mstkd.evaluate.inference import Predictor, evaluation_mode
-from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.methods import Method, load
 from mstkd.predict.case import Prediction, entropy_bits, predict_case
 from mstkd.predict.case_warnings import CaseWarnings
@@ -35,6 +34,7 @@ from mstkd.shards.nifti import read_volume
 from mstkd.shards.progress import say, subject_progress
 from mstkd.shards.raw_case import grid_sequence
 from mstkd.shards.shard_writer import label_volumes_ml, sources_of
+from mstkd.trained_run import TrainedRun, open_run
 
 __all__ = ["Beside", "predict_folder", "save_like"]
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from mstkd.evaluate.notes import trained_subsets
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.run_folder import read_record
 from mstkd.shards.fingerprint_warnings import FULL_SHARE, SPACING_RATIO
 from mstkd.shards.preprocess import Preprocessed
 from mstkd.subsets import Subset, parse_subset, subset_name
+from mstkd.trained_run import TrainedRun
 from mstkd.training_ranges import training_ranges
 
 LARGEST_BRAIN_ML = 2200.0  # skull-stripped, CSF included; adults have 1,000 to 2,000

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mstkd.errors import UserError
-from mstkd.evaluate.weights import TrainedRun
 from mstkd.predict.case_list import read_case_list
 from mstkd.run_folder import read_record, read_run_config
 from mstkd.shards.cases import find_usable_cases
 from mstkd.shards.dataset import Case, DatasetSpec, known_specs, load_spec
 from mstkd.shards.raw_case import check_headers
+from mstkd.trained_run import TrainedRun
 
 
 @dataclass(frozen=True)

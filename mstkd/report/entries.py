@@ -8,7 +8,7 @@ from typing import Any
 from mstkd.compare.runs import read_evaluation
 from mstkd.config import RunConfig
 from mstkd.errors import UserError
-from mstkd.report.scores import TASKS, Task
+from mstkd.report.scores import ALL_SCORES, Scores
 from mstkd.run_folder import read_record, read_run_config
 
 
@@ -33,7 +33,7 @@ class ReportedRun:
     label: str
     config: RunConfig
     record: dict[str, Any]
-    task: Task
+    task: Scores
     entries: tuple[Entry, ...]  # the first is the network that the run is for
 
     @property
@@ -67,7 +67,7 @@ def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
 def _read(folder: Path, taken: set[str], number: int, alone: bool) -> ReportedRun:
     config, record = read_run_config(folder), read_record(folder)
     rows, summaries = read_evaluation(folder)
-    task = next((task for task in TASKS if task.evidence in rows[0]), None)
+    task = next((task for task in ALL_SCORES if task.evidence in rows[0]), None)
     if task is None:
         raise UserError(f"{folder}/evaluation/per_case.csv: holds no scores that this version knows; run `mstkd evaluate {folder}` again")
     name = config.name if config.name not in taken else f"{config.name} ({len(taken) + 1})"

@@ -11,14 +11,15 @@ from pathlib import Path
 from mstkd import attempts
 from mstkd.compare.costs import parameter_counts, prediction_cost, training_hours
 from mstkd.compare.runs import NOTES
+from mstkd.config import resolved
 from mstkd.data.training import open_stores
 from mstkd.errors import UserError
 from mstkd.evaluate.source import split_subjects
+from mstkd.recipe import run_params
 from mstkd.report.entries import ReportedRun
 from mstkd.run_folder import best_steps
 from mstkd.shards.dataset_fingerprint import FINGERPRINT_FILE, Fingerprint, PerAxis
 from mstkd.track.jsonl import read_records
-from mstkd.track.mlflow_tracker import run_params
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def _counted(counts: dict[str, int]) -> str:
 
 def settings(runs: Sequence[ReportedRun]) -> list[Table]:
     """The resolved recipes without paths; of several runs first where they differ."""
-    recipes = [{key: str(value) for key, value in run_params(run.config).items()} for run in runs]
+    recipes = [{key: str(value) for key, value in run_params(resolved(run.config)).items()} for run in runs]
     keys = list(dict.fromkeys(key for recipe in recipes for key in recipe))
     differ = [key for key in keys if len({recipe.get(key) for recipe in recipes}) > 1]
     columns = ["key", *(run.label for run in runs)]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mstkd import attempts
+from mstkd.measures import Measure
 from mstkd.report.charts import Boxes, Chart, Series, box_chart, line_chart
 from mstkd.report.entries import Entry, ReportedRun
-from mstkd.report.scores import Measure, Task, by_case, missing, panels
+from mstkd.report.scores import Scores, by_case, missing, panels
 from mstkd.track.jsonl import read_records
 
 MOST_POINTS = 200  # of a line: of longer records each point is the mean of its neighbours
@@ -27,7 +28,7 @@ class Group:
     charts: list[Chart]
 
 
-def curves(task: Task, runs: Sequence[ReportedRun]) -> list[Chart]:
+def curves(task: Scores, runs: Sequence[ReportedRun]) -> list[Chart]:
     """Scores against the number of missing sequences: lines through the means over subsets, a dot for each. None where all lack as many."""
     sequences, entries = runs[0].sequences, [entry for run in runs for entry in run.entries]
     charts = []
@@ -40,7 +41,7 @@ def curves(task: Task, runs: Sequence[ReportedRun]) -> list[Chart]:
     return charts
 
 
-def _by_missing(task: Task, entry: Entry, measure: Measure, columns: Sequence[str], sequences: Sequence[str]) -> Series:
+def _by_missing(task: Scores, entry: Entry, measure: Measure, columns: Sequence[str], sequences: Sequence[str]) -> Series:
     dots, found = [], {}
     for given in task.given(entry.summary):
         count, value = missing(given, sequences), task.row_value(entry.summary, given, columns, measure.key)
@@ -51,7 +52,7 @@ def _by_missing(task: Task, entry: Entry, measure: Measure, columns: Sequence[st
     return Series(entry.number, entry.label, [(count, statistics.fmean(found[count])) for count in sorted(found)], dots)
 
 
-def boxes(task: Task, runs: Sequence[ReportedRun]) -> dict[str, list[Boxes]]:
+def boxes(task: Scores, runs: Sequence[ReportedRun]) -> dict[str, list[Boxes]]:
     """By label of the entry: the scores of single cases for all that was given."""
     found = {}
     for entry in (entry for run in runs for entry in run.entries):
@@ -60,7 +61,7 @@ def boxes(task: Task, runs: Sequence[ReportedRun]) -> dict[str, list[Boxes]]:
     return found
 
 
-def _boxes(task: Task, entry: Entry, title: str, columns: Sequence[str]) -> Boxes:
+def _boxes(task: Scores, entry: Entry, title: str, columns: Sequence[str]) -> Boxes:
     measure, scores = task.of_a_case, by_case(task, entry.rows, columns)
     given = [name for name in task.given(entry.summary) if name in scores]
     groups = {name: [measure.unit.shown(value) for value in scores[name]] for name in given}

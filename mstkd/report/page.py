@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mstkd import __version__
-from mstkd.evaluate.summary import percent
+from mstkd.measures import DICE
 from mstkd.report import facts, figures, tables
 from mstkd.report.entries import ReportedRun, read_runs
 from mstkd.report.viewer import viewers
@@ -33,7 +33,7 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     path = Path(out) if out else _default(runs)
     content = _content(runs)
     environment = Environment(loader=PackageLoader("mstkd.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = percent
+    environment.filters["percent"] = DICE.dashed
     html = environment.get_template("page.html.j2").render(content)
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(html, encoding="utf-8")

@@ -5,28 +5,19 @@ A row is what was given, e.g. "flair+t1"; a column is a region, a class or the s
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mstkd.compare.measures import DICE, HD95, LPIPS, PSNR, SSIM, Unit
 from mstkd.evaluate.classification import ALL
 from mstkd.evaluate.summary import mean_known
+from mstkd.measures import ACCURACY, ASSD, AUC, COMPLETION, DICE, HD95, PSNR, SSIM, Measure, Unit
 
 Summary = Mapping[str, Any]
 MOST_PANELS = 6  # a page shows no more columns one by one; of more their mean
-ACCURACY, AUC, PROBABILITY = Unit("accuracy %", factor=100), Unit("AUC", digits=3), Unit("probability", digits=2)
 
 
-@dataclass(frozen=True)
-class Measure:
-    key: str  # in files
-    title: str
-    unit: Unit
-    ends: tuple[float, float] | None = None  # of the colours, as stored; None: those of the figures, the smallest 0 where less is better
-    primary: bool = False  # shown at once; the others are folded
+class Scores(ABC):
+    """How those of a task are read."""
 
-
-class Task(ABC):
     name: ClassVar[str]
     evidence: ClassVar[str]  # the column of per_case.csv that only this task has
     columns_name: ClassVar[str]  # in the plural
@@ -71,7 +62,7 @@ class Task(ABC):
         return mean_known([self.value(summary, given, column, key) for column in columns])
 
 
-class _BySubset(Task):
+class _BySubset(Scores):
     def columns(self, summary):
         return list(summary["mean"])
 
@@ -88,13 +79,13 @@ class _BySubset(Task):
         return next(iter(summary["mean"].values()))
 
 
-class Segmentation(_BySubset):
+class SegmentationScores(_BySubset):
     name, evidence, columns_name = "segmentation", "dice", "regions"
     known = (
-        Measure("dice", "Dice", DICE, (0, 1), primary=True), Measure("dice_nonempty", "Dice, truth non-empty", DICE, (0, 1)),
-        Measure("hd95_mm", "HD95", HD95, primary=True), Measure("hd95_nonempty_mm", "HD95, both non-empty", HD95),
-        Measure("assd_mm", "ASSD", Unit("ASSD mm", larger_is_better=False)),
-        Measure("lesion_dice", "Lesion-wise Dice", DICE, (0, 1)), Measure("lesion_hd95_mm", "Lesion-wise HD95", HD95),
+        Measure("dice", "Dice", DICE, ends=(0, 1)), Measure("dice_nonempty", "Dice, truth non-empty", DICE, primary=False, ends=(0, 1)),
+        Measure("hd95_mm", "HD95", HD95), Measure("hd95_nonempty_mm", "HD95, both non-empty", HD95, primary=False),
+        Measure("assd_mm", "ASSD", ASSD, primary=False),
+        Measure("lesion_dice", "Lesion-wise Dice", DICE, primary=False, ends=(0, 1)), Measure("lesion_hd95_mm", "Lesion-wise HD95", HD95, primary=False),
     )  # fmt: skip
     of_a_case = known[0]
 
@@ -105,14 +96,14 @@ class Segmentation(_BySubset):
         shown = []
         for title, columns in panels(self.columns(summary)).items():
             dice, hd95 = (mean_known([self.mean(summary, column, key) for column in columns]) for key in ("dice", "hd95_mm"))
-            shown.append((f"{title} Dice", self.known[0], dice, f"HD95 {HD95.text(hd95) or '-'} mm"))
+            shown.append((f"{title} Dice", self.known[0], dice, f"HD95 {HD95.dashed(hd95)} mm"))
         return shown
 
 
-class Classification(_BySubset):
+class ClassificationScores(_BySubset):
     name, evidence, columns_name = "classification", "predicted", "classes"
-    known = (Measure("accuracy", "Accuracy", ACCURACY, (0, 1), primary=True), Measure("auc", "AUC", AUC, (0.5, 1), primary=True))
-    of_a_case = Measure("probability", "Probability of the true class", PROBABILITY, (0, 1))
+    known = (Measure("accuracy", "Accuracy", ACCURACY, ends=(0, 1)), Measure("auc", "AUC", AUC, ends=(0.5, 1)))
+    of_a_case = Measure("probability", "Probability of the true class", Unit("probability", digits=2), ends=(0, 1))
 
     def case(self, row):
         return row["subset"], ALL, float(row[f"p_{row['truth']}"])
@@ -125,13 +116,9 @@ class Classification(_BySubset):
         return [(measure.title, measure, [ALL]) for measure in self.known]
 
 
-class Synthesis(Task):
+class SynthesisScores(Scores):
     name, evidence, columns_name = "synthesis", "psnr", "targets"
-    known = (
-        Measure("psnr", "PSNR", PSNR, primary=True), Measure("ssim", "SSIM", SSIM, primary=True),
-        Measure("local_psnr", "PSNR round WT", PSNR), Measure("local_ssim", "SSIM round WT", SSIM),
-        Measure("brain_psnr", "PSNR round the brain", PSNR), Measure("brain_ssim", "SSIM round the brain", SSIM), Measure("lpips", "LPIPS", LPIPS),
-    )  # fmt: skip
+    known = (*COMPLETION, Measure("brain_psnr", "PSNR round the brain", PSNR, primary=False), Measure("brain_ssim", "SSIM round the brain", SSIM, primary=False))
     of_a_case = known[0]
 
     def measures(self, summary):
@@ -156,7 +143,7 @@ class Synthesis(Task):
     def headlines(self, summary):
         own, beside = summary["mean"], {"psnr": "local_psnr", "ssim": "local_ssim", "lpips": ""}
         return [
-            (measure.title, measure, own[measure.key], f"round WT {measure.unit.text(own.get(beside[measure.key])) or '-'}" if beside[measure.key] else "")
+            (measure.title, measure, own[measure.key], f"round WT {measure.unit.dashed(own.get(beside[measure.key]))}" if beside[measure.key] else "")
             for measure in self.measures(summary) if measure.key in beside
         ]  # fmt: skip
 
@@ -167,7 +154,7 @@ class Synthesis(Task):
         return summary["mean"]
 
 
-TASKS: tuple[Task, ...] = (Segmentation(), Synthesis(), Classification())
+ALL_SCORES: tuple[Scores, ...] = (SegmentationScores(), SynthesisScores(), ClassificationScores())
 
 
 def panels(columns: Sequence[str]) -> dict[str, list[str]]:
@@ -183,7 +170,7 @@ def missing(given: str, sequences: Sequence[str]) -> int | None:
     return len(sequences) - len(names) if {*names} <= {*sequences} else None
 
 
-def by_case(task: Task, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> dict[str, list[float]]:
+def by_case(task: Scores, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> dict[str, list[float]]:
     """Given -> a figure per case: its mean over `columns`."""
     found: dict[str, dict[str, list[float]]] = {}
     for given, subject, value in _of(task, rows, columns):
@@ -191,7 +178,7 @@ def by_case(task: Task, rows: Sequence[Mapping[str, str]], columns: Sequence[str
     return {given: [sum(values) / len(values) for values in subjects.values()] for given, subjects in found.items()}
 
 
-def _of(task: Task, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+def _of(task: Scores, rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Iterator[tuple[str, str, float]]:
     for row in rows:
         given, column, value = task.case(row)
         if column in columns:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from mstkd.measures import Measure
 from mstkd.report.entries import Entry, ReportedRun
-from mstkd.report.scores import Measure, Task, missing
+from mstkd.report.scores import Scores, missing
 
 FAR = 3  # times the median: where less is better, all beyond has the last colour, so that one bad figure does not hide the others
 
@@ -53,14 +54,14 @@ class Card:
     ends: str  # from what it did best and worst
 
 
-def heat_maps(task: Task, runs: Sequence[ReportedRun]) -> list[HeatMap]:
+def heat_maps(task: Scores, runs: Sequence[ReportedRun]) -> list[HeatMap]:
     """One per measure that every run's first network has."""
     entries = [entry for run in runs for entry in run.entries]
     shared = [measure for measure in task.measures(entries[0].summary) if all(measure in task.measures(entry.summary) for entry in entries)]
     return [_heat_map(task, measure, entries, runs[0].sequences) for measure in shared]
 
 
-def _heat_map(task: Task, measure: Measure, entries: Sequence[Entry], sequences: Sequence[str]) -> HeatMap:
+def _heat_map(task: Scores, measure: Measure, entries: Sequence[Entry], sequences: Sequence[str]) -> HeatMap:
     columns = task.columns(entries[0].summary)
     given = _in_order([name for entry in entries for name in task.given(entry.summary)], sequences)
     values = [[task.value(e.summary, name, column, measure.key) for column in columns for e in entries] for name in given]
@@ -102,7 +103,7 @@ def _share(measure: Measure, value: float | None, low: float, high: float) -> fl
     return share if measure.unit.larger_is_better else 1 - share
 
 
-def cards(task: Task, runs: Sequence[ReportedRun]) -> list[Card]:
+def cards(task: Scores, runs: Sequence[ReportedRun]) -> list[Card]:
     found = []
     for run in runs:
         for entry in run.entries:
@@ -113,7 +114,7 @@ def cards(task: Task, runs: Sequence[ReportedRun]) -> list[Card]:
     return found
 
 
-def _ends(task: Task, entry: Entry) -> str:
+def _ends(task: Scores, entry: Entry) -> str:
     """What was given when the network did best and worst, by the first of its curves' measures."""
     _, measure, _ = task.curves(entry.summary)[0]
     columns = [column for _, one, columns in task.curves(entry.summary) if one is measure for column in columns]
@@ -126,6 +127,6 @@ def _ends(task: Task, entry: Entry) -> str:
 
 
 def _headline(title: str, measure: Measure, value: float | None, note: str) -> Headline:
-    text, unit = measure.unit.text(value) or "-", measure.unit.heading.partition(" ")[2]
+    text, unit = measure.unit.dashed(value), measure.unit.heading.partition(" ")[2]
     share = value if value is not None and measure.ends == (0, 1) else None
     return Headline(title, text, unit, share, note)

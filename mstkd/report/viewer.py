@@ -23,10 +23,10 @@ from mstkd.evaluate.figures import CasePicture, colours
 from mstkd.evaluate.report import best_median_worst, case_pictures, shown_subsets
 from mstkd.evaluate.scoring import Score
 from mstkd.evaluate.summary import mean_known
-from mstkd.evaluate.weights import open_run
 from mstkd.report.entries import ReportedRun
-from mstkd.report.scores import Segmentation
+from mstkd.report.scores import SegmentationScores
 from mstkd.subsets import Subset, parse_subset, subset_name
+from mstkd.trained_run import open_run
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Viewers:
 def viewers(runs: Sequence[ReportedRun]) -> Viewers:
     """The cases are chosen by the first run's scores; the other runs on the same data predict them as well."""
     first = runs[0]
-    if not isinstance(first.task, Segmentation):
+    if not isinstance(first.task, SegmentationScores):
         return Viewers(None, "")
     subsets = _subsets(first)
     chosen: dict[str, str] = {}

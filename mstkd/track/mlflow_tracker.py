@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from mstkd.config import RunConfig, resolved
+from mstkd.recipe import run_params
 from mstkd.track.database import prepare_database  # noqa: F401  (the launcher's)
 from mstkd.track.pictures import validation_bars
 from mstkd.track.protocol import Status, Tracker
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 METRICS_PER_CALL = 1000  # MLflow takes no more at once; an evaluation of 27 regions has thousands
 IDENTIFYING_FILES = {"per_case.csv", "copy_per_case.csv", "report.html", "config.yaml", "record.json"}  # subject keys, paths
-PATH_KEYS = {"runs_dir", "path", "cache_dir", "init_from", "uri"}
 
 
 class Writer:
@@ -183,7 +183,7 @@ def open_mlflow(config: RunConfig, run_dir: Path, dataset: dict[str, Any]) -> li
     if run is None:
         writer.close()
         return []
-    run.log_params(run_params(config))
+    run.log_params(run_params(resolved(config)))
     return [run]
 
 
@@ -195,7 +195,7 @@ class LaterRun(MlflowTracker):
         self._writer.close()
 
 
-class StudyRun(LaterRun):
+class StudyParent(LaterRun):
     """The run above those of a study; with it end those that stand between."""
 
     def __init__(self, session: Session, writer: Writer, parents: dict[str, str]):
@@ -246,7 +246,7 @@ def open_study(config: RunConfig, folder: Path, kinds: Sequence[str], arms: dict
                 parents[kind] = session.new_run(folder.name if kind == kinds[0] else f"{folder.name}/{kind}", tags)
             session.client.update_run(parents[kind], status="RUNNING")
         _write_study(folder, {"mlflow_parents": parents, "arms": arms})
-        return StudyRun(session, writer, parents)
+        return StudyParent(session, writer, parents)
 
     run = writer.now(start)
     if run is None:
@@ -281,24 +281,3 @@ def _open_later(config: RunConfig, run_dir: Path, find: Callable[[Session], str]
 def metric_name(name: str) -> str:
     """`name` in MLflow's alphabet: "dice_et/flair+t1" -> "dice_et/flair_t1", "psnr/t1->t2" -> "psnr/t1_to_t2"."""
     return re.sub(r"[^\w./ :-]", "_", name.replace("->", "_to_"), flags=re.ASCII)
-
-
-def run_params(config: RunConfig) -> dict[str, object]:
-    """The resolved recipe by dotted key, without paths."""
-    flat = dict(_flatten(resolved(config), ""))
-    return {key: value for key, value in flat.items() if not _is_path(key, value)}
-
-
-def _is_path(key: str, value: object) -> bool:
-    return not PATH_KEYS.isdisjoint(key.split(".")) or (isinstance(value, str) and ("/" in value or "\\" in value))
-
-
-def _flatten(value: object, prefix: str) -> Iterator[tuple[str, object]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{prefix}.{key}" if prefix else key)
-    elif isinstance(value, list) and any(isinstance(inner, dict | list) for inner in value):
-        for position, inner in enumerate(value):
-            yield from _flatten(inner, f"{prefix}.{position}")
-    else:
-        yield prefix, value

@@ -1,32 +1,26 @@
 """The ranking of a sweep's runs inside an MLflow data base."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Run, RunTag
 
 from mstkd.config import RunConfig
+from mstkd.track.leading import SCORE, best_scores, leading
+from mstkd.track.notes import markdown_table
 from mstkd.track.session import NOTE, PARENT, sweep_tags, tracking_uri
 
-SCORE = "val/score"  # the one figure that ranks a sweep
-
-
 class Ranking:
-    """The merged runs of a sweep, best first by validation; test figures are never read.
-
-    Each counts with its best `val/score` in the stage that the most advanced of them has come to; those without one have no rank.
-    """
+    """The merged runs of a sweep, ranked as `leading` says; those without a score in its stage have no rank."""
 
     def __init__(self, client: MlflowClient, experiment_id: str, parent_id: str, description: Path):
         """`description`: the sweep's sweep.json; without it the ranking tells no axes."""
         self.client, self.experiment_id, self.parent_id = client, experiment_id, parent_id
         members = all_runs(client, experiment_id, f"tags.`{PARENT}` = '{parent_id}'")
         self.members = sorted(members, key=lambda member: (member.info.run_name, member.info.start_time))
-        scores = {member.info.run_id: self._best_scores(member) for member in self.members}
-        furthest = max(scores.values(), key=len, default={})
-        self.stage = next(reversed(furthest), None)
-        self.scores = {run_id: stages[self.stage] for run_id, stages in scores.items() if self.stage in stages}
+        self.stage, self.scores = leading({member.info.run_id: best_scores(self._points(member)) for member in self.members})
         content = json.loads(description.read_text()) if description.is_file() else {"axes": {}, "runs": []}
         self.axes, self.planned = list(content["axes"]), len(content["runs"])
 
@@ -46,16 +40,13 @@ class Ranking:
         changed |= self._tag(parent, {NOTE: self._table()})
         return changed | self._set_state(parent)
 
-    def _best_scores(self, member: Run) -> dict[str, tuple[float, int]]:
-        """By stage, in the order of training: the best validation score and its step."""
+    def _points(self, member: Run) -> Iterator[tuple[str, float, int]]:
+        """(stage, validation score, step) in the order of training."""
         parts = all_runs(self.client, self.experiment_id, f"tags.`{PARENT}` = '{member.info.run_id}'")
-        best = {}
         for part in sorted(parts, key=lambda part: part.info.start_time):
             if SCORE in part.data.metrics:
-                points = self.client.get_metric_history(part.info.run_id, SCORE)
-                top = max(points, key=lambda point: (point.value, -point.step))
-                best[part.info.run_name.rpartition("/")[2]] = top.value, top.step
-        return best
+                stage, points = part.info.run_name.rpartition("/")[2], self.client.get_metric_history(part.info.run_id, SCORE)
+                yield from ((stage, point.value, point.step) for point in sorted(points, key=lambda point: point.step))
 
     def _rank(self, score: float) -> str:
         """From 1, equal for equal scores, padded so that the page sorts it."""
@@ -64,16 +55,13 @@ class Ranking:
 
     def _table(self) -> str:
         """The ranking in Markdown: MLflow shows it as the run's description."""
-        ranked = [member for member in self.members if member.info.run_id in self.scores]
-        ranked.sort(key=lambda member: -self.scores[member.info.run_id][0])
-        rows = [["rank", "run", *self.axes, f"best {SCORE}", "at step"], ["---"] * (4 + len(self.axes))]
-        for member in ranked:
-            score, step = self.scores[member.info.run_id]
-            values = [member.data.params.get(axis, "") for axis in self.axes]
-            rows.append([self._rank(score), member.info.run_name, *values, f"{score:.4f}", str(step)])
-        lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-        says = f"Validation data only, stage {self.stage}." if ranked else "No validation score yet."
-        return f"{says} Ranked: {len(ranked)} of {max(self.planned, len(self.members))} runs.\n\n" + "\n".join(lines)
+        members, rows = {member.info.run_id: member for member in self.members}, []
+        for run_id, (score, step) in self.scores.items():
+            values = [members[run_id].data.params.get(axis, "") for axis in self.axes]
+            rows.append([self._rank(score), members[run_id].info.run_name, *values, f"{score:.4f}", str(step)])
+        says = f"Validation data only, stage {self.stage}." if rows else "No validation score yet."
+        table = markdown_table(["rank", "run", *self.axes, f"best {SCORE}", "at step"], rows)
+        return f"{says} Ranked: {len(rows)} of {max(self.planned, len(self.members))} runs.\n\n{table}"
 
     def _tag(self, run: Run, tags: dict[str, str]) -> bool:
         new = [RunTag(name, text) for name, text in tags.items() if run.data.tags.get(name) != text]

@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from toys.painting import Painting
 
 from mstkd.batch import StepOutput
-from mstkd.config import IntensityConfig, OptimizerConfig, ScheduleConfig, Section
+from mstkd.config import OptimizerConfig, ScheduleConfig, Section
 from mstkd.errors import UserError
-from mstkd.methods import Method, Role, RoleStep
+from mstkd.methods import Role, RoleStep
 
 
 def network(channels: int, width: int) -> nn.Module:
@@ -45,15 +46,14 @@ class CriticStep(RoleStep):
         return StepOutput(loss, {"critic": loss.detach()})
 
 
-class CoTrained(Method):
+class CoTrained(Painting):
     class Config(Section):
         nan_at: list[int] = []
         critic_every: int = 1
         width: int = 8
         at_most: int = 4  # sequences that a sample may show
 
-    task, stages = "segmentation", ("distill",)
-    intensity = IntensityConfig()
+    stages = ("distill",)
 
     def __init__(self, config, facts):
         self.config, self.facts = config, facts
@@ -71,16 +71,6 @@ class CoTrained(Method):
             "networks": Role(NetworksStep(self), ("teacher", "student"), borrows=("critic",), optimizer=adam, schedule=ScheduleConfig(name="poly")),
             "critic": Role(CriticStep(self), ("critic",), every=self.config.critic_every, optimizer=adam),
         }
-
-    def predict(self, image, available, network="student"):
-        return self.networks[network](image)
-
-    def to_labels(self, logits):
-        scheme = self.facts.label_scheme
-        labels = torch.zeros(logits.shape[0], *logits.shape[2:], dtype=torch.uint8, device=logits.device)
-        for k, region in enumerate(scheme.regions):
-            labels[logits[:, k] > 0.5] = scheme.paint[region]
-        return labels
 
 
 METHOD = CoTrained

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from toys.painting import Painting
 
 from mstkd.batch import StepOutput
-from mstkd.config import IntensityConfig, OptimizerConfig, Section
-from mstkd.methods import Method, Role, RoleStep
+from mstkd.config import OptimizerConfig, Section
+from mstkd.methods import Role, RoleStep
 
 
 def network(channels: int, width: int) -> nn.Module:
@@ -40,13 +41,12 @@ class Follow(RoleStep):
         return StepOutput(loss, {"unchanged": unchanged})
 
 
-class FrozenTeacher(Method):
+class FrozenTeacher(Painting):
     class Config(Section):
         width: int = 64
         gradient_through: bool = False
 
-    task, stages = "segmentation", ("teacher", "student")
-    intensity = IntensityConfig()
+    stages = ("teacher", "student")
     sees_all = ("teacher",)
 
     def __init__(self, config, facts):
@@ -65,16 +65,8 @@ class FrozenTeacher(Method):
         return {"teacher": "teacher"} if stage == "student" else {}
 
     def predict(self, image, available, network="student"):
-        if network == "teacher":
-            assert available.all()
-        return self.networks[network](image)
-
-    def to_labels(self, logits):
-        scheme = self.facts.label_scheme
-        labels = torch.zeros(logits.shape[0], *logits.shape[2:], dtype=torch.uint8, device=logits.device)
-        for k, region in enumerate(scheme.regions):
-            labels[logits[:, k] > 0.5] = scheme.paint[region]
-        return labels
+        assert network != "teacher" or available.all()
+        return super().predict(image, available, network)
 
 
 METHOD = FrozenTeacher

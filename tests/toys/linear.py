@@ -2,10 +2,11 @@
 
 import torch
 from torch import nn
+from toys.painting import Painting
 
 from mstkd.batch import StepOutput
-from mstkd.config import IntensityConfig, Section
-from mstkd.methods import Method, Role, RoleStep
+from mstkd.config import Section
+from mstkd.methods import Role, RoleStep
 
 
 class BothStep(RoleStep):
@@ -17,14 +18,13 @@ class BothStep(RoleStep):
         return StepOutput((self.teacher(batch.image) - self.student(batch.visible())).square().mean())
 
 
-class Linear(Method):
+class Linear(Painting):
     """Region k where the 3x3x3 mean of a weighted sum of the visible z-scores passes a threshold."""
 
     class Config(Section):
         pass
 
-    task, stages = "segmentation", ("distill",)
-    intensity = IntensityConfig()
+    stages, threshold = ("distill",), 0.0
 
     def __init__(self, config, facts):
         self.config, self.facts = config, facts
@@ -35,14 +35,7 @@ class Linear(Method):
 
     def predict(self, image, available, network="student"):
         assert not self.networks[network].training
-        return self.networks[network](image)
-
-    def to_labels(self, logits):
-        scheme = self.facts.label_scheme
-        labels = torch.zeros(logits.shape[0], *logits.shape[2:], dtype=torch.uint8, device=logits.device)
-        for k, region in enumerate(scheme.regions):
-            labels[logits[:, k] > 0] = scheme.paint[region]
-        return labels
+        return super().predict(image, available, network)
 
     def probabilities(self, logits):
         return dict(zip(self.facts.label_scheme.regions, logits.sigmoid().unbind(1)))

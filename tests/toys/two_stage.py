@@ -1,12 +1,12 @@
 """A teacher trained first and a student after it, of one convolution each: something to chain jobs with."""
 
-import torch
 from torch import nn
 from torch.nn import functional as F
+from toys.painting import Painting
 
 from mstkd.batch import StepOutput
-from mstkd.config import IntensityConfig, Section
-from mstkd.methods import Method, Role, RoleStep
+from mstkd.config import Section
+from mstkd.methods import Role, RoleStep
 
 
 class Fit(RoleStep):
@@ -21,13 +21,12 @@ class Fit(RoleStep):
         return StepOutput(loss * self.config.weight, {"fit": loss.detach()})
 
 
-class TwoStage(Method):
+class TwoStage(Painting):
     class Config(Section):
         fail_at: int = -1
         weight: float = 1.0
 
-    task, stages = "segmentation", ("teacher", "student")
-    intensity = IntensityConfig()
+    stages = ("teacher", "student")
 
     def __init__(self, config, facts):
         self.config, self.facts = config, facts
@@ -38,16 +37,6 @@ class TwoStage(Method):
 
     def needs(self, stage):
         return {"teacher": "teacher"} if stage == "student" else {}
-
-    def predict(self, image, available, network="student"):
-        return self.networks[network](image)
-
-    def to_labels(self, logits):
-        scheme = self.facts.label_scheme
-        labels = torch.zeros(logits.shape[0], *logits.shape[2:], dtype=torch.uint8, device=logits.device)
-        for k, region in enumerate(scheme.regions):
-            labels[logits[:, k] > 0.5] = scheme.paint[region]
-        return labels
 
 
 METHOD = TwoStage

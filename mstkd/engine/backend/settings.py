@@ -10,18 +10,10 @@ from mstkd.engine.backend.library import deepspeed
 from mstkd.engine.backend.user_json import Owned, merge
 from mstkd.errors import UserError
 from mstkd.methods import Role
+from mstkd.precision import AUTOCAST
 
 REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default, but never larger than the role
-AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 _DEEPSPEED_OPTIMIZER = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
-
-
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raises UserError where the device does not compute in this precision."""
-    if precision == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        raise UserError("train.precision fp16: this machine's CPU does not compute in it (no AVX512-FP16); use bf16 or fp32, or train on a GPU")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError("train.precision bf16 is not supported by this GPU; use fp16 or fp32")
 
 
 @dataclass(frozen=True)
@@ -147,7 +139,7 @@ def _precision(train: TrainConfig) -> dict[str, Owned]:
     owned = {f"{section}.enabled": Owned(False, key) for section in ("bf16", "fp16")}
     owned["torch_autocast.enabled"] = Owned(train.precision in AUTOCAST, key)
     if train.precision in AUTOCAST:
-        owned["torch_autocast.dtype"] = Owned(AUTOCAST[train.precision], key)
+        owned["torch_autocast.dtype"] = Owned(str(AUTOCAST[train.precision]).removeprefix("torch."), key)
     if train.precision == "fp16":
         owned["fp16.loss_scale"] = Owned(0, None)  # dynamic
     return owned

@@ -14,8 +14,9 @@ from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_figures
 from mstkd.evaluate.scoring import conventions, decided
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
-from mstkd.evaluate.weights import TrainedRun
+from mstkd.evaluate.summary import print_table, summarise, write_json, write_rows
+from mstkd.measures import ACCURACY, DICE
+from mstkd.trained_run import TrainedRun
 
 
 def evaluate_volumes(job: Evaluation) -> dict[str, dict]:
@@ -73,7 +74,7 @@ def _draw_features(folder: Path, run: TrainedRun, source: CaseSource, subjects: 
     found = features.draw(sets, source.sequences, folder / "features.png")
     write_json(folder / "features.json", found)
     for kind, score in found.items():
-        text = f"{kind} features: their sequence is named in {percent(score['accuracy'])} % of {score['n']}, chance {percent(score['chance'])} %"
+        text = f"{kind} features: their sequence is named in {ACCURACY.dashed(score['accuracy'])} % of {score['n']}, chance {ACCURACY.dashed(score['chance'])} %"
         Console().print(text, highlight=False)
     return {"Features of single sequences; how often a classifier that saw other subjects names the sequence": folder / "features.png"}
 
@@ -83,7 +84,7 @@ def _volume_facts(run: TrainedRun, baseline: dict[str, Any] | None) -> dict[str,
         "window": f"{' x '.join(map(str, run.config.inference.window or run.config.data.crop))} voxels, overlap {run.config.inference.overlap:g}",
     }
     if baseline:
-        text = f"WT Dice {percent(baseline['dice_nonempty'])} % (non-empty) if the whole brain were called tumour"
+        text = f"WT Dice {DICE.dashed(baseline['dice_nonempty'])} % (non-empty) if the whole brain were called tumour"
         Console().print(f"baseline: {text}", highlight=False)
         facts["floor"] = text
     return facts

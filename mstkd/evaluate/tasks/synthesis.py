@@ -13,8 +13,9 @@ from mstkd.evaluate.report import best_median_worst
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import write_json
 from mstkd.evaluate.synthesis import (
-    COPY, Completion, conventions, decibels, four_digits, print_likeness, score_completions, summarise_completions, write_completions,
+    COPY, Completion, conventions, print_likeness, score_completions, summarise_completions, write_completions,
 )  # fmt: skip
+from mstkd.measures import PSNR, SSIM
 
 ORACLE = {"oracle": "this network was given the labels of these cases, which a user does not have: an upper bound, not ranked"}
 
@@ -55,6 +56,6 @@ def _write_floor(folder: Path, copies: Sequence[Completion], source: CaseSource,
     mean = summarise_completions(copies, source.sequences, *heading, False, {})["mean"]
     write_completions(folder / "copy_per_case.csv", copies)
     write_json(folder / "baseline.json", {COPY: mean})
-    text = f"PSNR {decibels(mean['psnr'])} dB, SSIM {four_digits(mean['ssim'])} if the first given sequence were taken for the missing one"
+    text = f"PSNR {PSNR.dashed(mean['psnr'])} dB, SSIM {SSIM.dashed(mean['ssim'])} if the first given sequence were taken for the missing one"
     Console().print(f"baseline: {text}", highlight=False)
     return {"floor": text}
