@@ -212,10 +212,10 @@ def splits(
 
     Example: mstkd shards splits shards/brats2020 --within val,test --train 100 --val 20 --test 69 --out downstream.json
     """
-    from mstkd.shards.parts import write_json
     from mstkd.shards import splits as drawing
+    from mstkd.shards.layout import SPLITS, write_model
 
-    if out.exists() and out.resolve() != (folder / "splits.json").resolve():
+    if out.exists() and out.resolve() != (folder / SPLITS).resolve():
         raise UserError(f"{out}: exists already; choose another --out or remove it")
     counts = (train, val, test)
     if leave_one_out and (within or any(count is not None for count in counts)):
@@ -227,7 +227,7 @@ def splits(
         raise UserError("--train, --val, --test: give all three, or --leave-one-out")
     else:
         found, said = drawing.counted_splits(folder, *counts, tuple(within.split(",")) if within else (), seed), f"{train} train, {val} val, {test} test"
-    write_json(out, found)
+    write_model(out, found)
     typer.echo(f"wrote {out}: {said}")
 
 

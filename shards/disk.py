@@ -18,7 +18,7 @@ from mstkd.shards.raw_case import grid_sequence, kept_share
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SAMPLED_HEADERS = 64  # subjects whose headers are read, spread over the set
 SUBJECT_OVERHEAD_BYTES = 8192  # tar headers, padding, meta.json, and the index entry without fingerprints
-FINGERPRINT_BYTES = 11000  # per sequence, as text in index.json
+FINGERPRINT_TEXT_BYTES = 11000  # per sequence, as text in index.json
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def estimate(cases: Sequence[Case], dataset: DatasetSpec, bytes_per_subject: flo
     step = math.ceil(len(cases) / SAMPLED_HEADERS)
     sample = cases[::step]
     channels = len(dataset.sequences)
-    overhead = SUBJECT_OVERHEAD_BYTES + channels * FINGERPRINT_BYTES
+    overhead = SUBJECT_OVERHEAD_BYTES + channels * FINGERPRINT_TEXT_BYTES
     voxel_bytes = (4 if dataset.preprocessing.clahe else 2) * channels + (1 if dataset.scheme is None else 2)
     voxels = sum(_voxels(case, dataset) for case in sample) / len(sample)
     if dataset.preprocessing.spacing_mm is not None and dataset.scheme is not None:  # the label is kept on its file's grid, too

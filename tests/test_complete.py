@@ -20,7 +20,7 @@ from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.weights import open_run
 from mstkd.launch.cli import main
 from mstkd.run_folder import read_run_config
-from mstkd.shards.parts import write_json
+from mstkd.shards.layout import write_model
 from mstkd.shards.spec import read_index, read_splits
 from mstkd.shards.splits import counted_splits
 from mstkd.shards.verify import verify
@@ -179,7 +179,7 @@ def test_a_segmentation_is_scored_on_what_each_case_of_the_set_has(root, complet
 
 
 def test_the_completed_set_takes_other_splits(root, run, tmp_path):
-    write_json(tmp_path / "down.json", counted_splits(root / "shards", 2, 1, 1, within=("val", "test")))
+    write_model(tmp_path / "down.json", counted_splits(root / "shards", 2, 1, 1, within=("val", "test")))
     complete(run, root / "shards", tmp_path / "out", wanted="flair", splits=tmp_path / "down.json")
     assert json.loads((tmp_path / "out" / "splits.json").read_text()) == json.loads((tmp_path / "down.json").read_text())
     trained = {*read_splits(root / "shards").folds[0].train}

@@ -10,8 +10,8 @@ from mstkd.errors import UserError
 from mstkd.evaluate.weights import TrainedRun, open_run
 from mstkd.export.facts import StudentFacts, facts_of
 from mstkd.export.weights import write_weights
+from mstkd.files import whole_folder
 from mstkd.predict.cases import dataset_of
-from mstkd.predict.output import whole_folder
 
 Writer = Callable[[TrainedRun, StudentFacts, Path], None]  # into a folder
 

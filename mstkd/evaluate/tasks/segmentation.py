@@ -14,8 +14,9 @@ from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_figures
 from mstkd.evaluate.scoring import conventions, decided
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.summary import percent, print_table, summarise, write_json, write_rows
+from mstkd.evaluate.summary import percent, print_table, summarise, write_rows
 from mstkd.evaluate.weights import TrainedRun
+from mstkd.files import write_json
 
 
 def evaluate_volumes(job: Evaluation) -> dict[str, dict]:
