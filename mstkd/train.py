@@ -25,7 +25,7 @@ from mstkd.data.loader import TrainLoader
 from mstkd.data.slices import SliceIndex
 from mstkd.data.training import TrainingSet, open_training, training_slices
 from mstkd.engine import backend
-from mstkd.engine.backend import RoleEngine, role_settings
+from mstkd.engine.backend import RoleEngine
 from mstkd.engine.checkpoint import Checkpoints, TrainState, is_finished
 from mstkd.engine.determinism import set_determinism
 from mstkd.engine.distributed import agreed, barrier, from_all, on_main

@@ -18,10 +18,10 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from mstkd.config import RunConfig, resolved
 from mstkd.files import write_json
-from mstkd.track.database import prepare_database  # noqa: F401  (the launcher's)
+from mstkd.track.database import prepare_database
 from mstkd.track.pictures import validation_bars
 from mstkd.track.protocol import Status, Tracker
-from mstkd.track.session import PARENT, STUDY, RunIds, Session, study_tags, sweep_tags, tracking_uri  # noqa: F401  (the launcher's)
+from mstkd.track.session import PARENT, STUDY, Session, study_tags
 
 log = logging.getLogger(__name__)
 
