@@ -14,13 +14,14 @@ from rich.table import Column, Table
 
 from mstkd.config import load_config
 from mstkd.errors import CasesFailedError, TrainingError, UserError
-from mstkd.launch.arguments import Overrides, RecipeName
+from mstkd.launch.arguments import Overrides, RecipeName, parse_part
 from mstkd.launch.bench_cli import bench
 from mstkd.launch.compare_cli import compare
 from mstkd.launch.mlflow_cli import mlflow
 from mstkd.launch.plan_cli import plan
+from mstkd.launch.printing import print_table
 from mstkd.launch.report_cli import report
-from mstkd.launch.shards_cli import part_of, print_table, shards
+from mstkd.launch.shards_cli import shards
 from mstkd.launch.status_cli import cancel, logs, status
 from mstkd.launch.study_cli import study
 
@@ -114,7 +115,7 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys of how it predicts: inference.*, evaluate.*, a sampler's.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Another shard set than the run's own.")] = None,
-    split: Annotated[str, typer.Option(help="Which subjects of it: test or val.")] = "test",
+    split: Annotated[str, typer.Option(help="Which subjects of it: test, val, train or all.")] = "test",
     allow_overlap: Annotated[bool, typer.Option("--allow-overlap", help="Score cases that training saw; the report says so.")] = False,
     postprocess: Postprocess = None,
     complete: Annotated[Path | None, typer.Option(metavar="RUN", help="A synthesis run: the networks see every sequence, completed by it.")] = None,
@@ -193,7 +194,7 @@ def predict(
         return
     if given or splits:
         raise UserError(f"--{'given' if given else 'splits'}: is for synthesis runs; a segmentation uses every sequence that a case has")
-    chosen = part_of(part)
+    chosen = parse_part(part)
     from mstkd.predict import Beside, predict_folder
 
     beside = Beside(probabilities, uncertainty, overlay)

@@ -280,7 +280,7 @@ def test_a_set_that_cannot_fit_is_refused_before_it_starts(src, tmp_path):
     for name in ("flair", "t1", "t1ce", "t2"):
         (own / "Phantom_0004" / f"Phantom_0004_{name}.nii.gz").unlink()
         (own / "Phantom_0004" / f"Phantom_0004_{name}.nii").write_bytes(header.binaryblock + bytes(4))
-    with pytest.raises(UserError, match=r"needs about [\d.e+]+ GB \(at most [\d.e+]+ GB, .*\), and its disk has [\d.e+]+ (GB|MB) free; make room"):
+    with pytest.raises(UserError, match=r"needs about [\d.]+ [GT]iB \(at most [\d.]+ [GT]iB, .*\), and its disk has [\d.]+ [MGT]iB free; make room"):
         one_each(own, tmp_path / "set")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
