@@ -326,7 +326,7 @@ def test_a_disk_that_gets_full_ends_it_with_what_to_do(tmp_path, workers):
     expected = [f"{digest}  {name}" for name, digest in digests(tmp_path / "set").items()]
     assert done.stdout.splitlines() == ["code 2", "set.partial", f"wrote 8 subjects in 8 tars to {small}/set", "code 0", *expected], done.stderr
     said = next(line for line in done.stderr.splitlines() if line.startswith("error"))
-    assert re.search(r"set\.partial: the disk is full \([\d.e-]+ MB free\); make room; [2-4] of 8 tars are kept .* --resume", said)
+    assert re.search(r"set\.partial: the disk is full \([\d.]+ [KM]iB free\); make room; [2-4] of 8 tars are kept .* --resume", said)
 
 
 def peak_mb(spec, src, out, per_tar):
