@@ -15,7 +15,7 @@ def sbatch_parameters(cluster: Cluster, name: str, folder: Path, dependency: str
     """Keyword arguments of `submitit.SlurmExecutor.update_parameters`."""
     optional = {
         "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint,
-        "gpus_per_node": cluster.gpus_per_node, "mem": _memory(cluster.mem_gb), "dependency": dependency,
+        "gpus_per_node": cluster.gpus_per_node, "mem": cluster.memory, "dependency": dependency,
     }  # fmt: skip
     additional = {"requeue": True, **({"kill-on-invalid-dep": "yes"} if dependency else {}), **cluster.additional}
     return {
@@ -30,7 +30,8 @@ def sbatch_parameters(cluster: Cluster, name: str, folder: Path, dependency: str
         "wckey": "mstkd",
         "setup": setup_lines(cluster, folder),
         "teardown": teardown_lines(cluster, folder),
-        "srun_args": srun_arguments(cluster),
+        # srun does not inherit --cpus-per-task on every SLURM version; a rank that dies takes the others down
+        "srun_args": [f"--cpus-per-task={cluster.cpus_per_task}", "--kill-on-bad-exit=1", *cluster.container_options],
         "additional_parameters": additional,
     }
 
@@ -66,19 +67,3 @@ def teardown_lines(cluster: Cluster, folder: Path) -> list[str]:
         "fi",
         'exit "${verdict:-$((code ? code : 1))}"  # never 0 for want of a verdict: other jobs wait for it',
     ]
-
-
-def srun_arguments(cluster: Cluster) -> list[str]:
-    # srun does not inherit --cpus-per-task on every SLURM version; a rank that dies takes the others down
-    arguments = [f"--cpus-per-task={cluster.cpus_per_task}", "--kill-on-bad-exit=1"]
-    if cluster.container is not None and cluster.container.runtime == "pyxis":
-        arguments.append(f"--container-image={cluster.container.image}")
-        if cluster.container.mounts:
-            arguments.append(f"--container-mounts={','.join(cluster.container.mounts)}")
-    return arguments
-
-
-def _memory(mem_gb: float | None) -> str | None:
-    if mem_gb is None:
-        return None
-    return "0" if mem_gb == 0 else f"{round(mem_gb * 1024)}MB"

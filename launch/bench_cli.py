@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from mstkd.errors import UserError
-from mstkd.launch.shards_cli import print_table
+from mstkd.launch.arguments import writable_file
+from mstkd.launch.printing import print_table
 
-JsonFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.")]
+JsonFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything as JSON.", callback=writable_file)]
 TrainedRun = Annotated[Path | None, typer.Option(metavar="RUN", help="A trained segmentation, on its test split, instead of generated cases.")]
 CaseSize = Annotated[int, typer.Option(min=32, max=256, help="Voxels per axis of generated cases.")]
 
@@ -32,7 +33,6 @@ def data(
 
     Example: mstkd bench data --peer-python peers/bin/python --dir /scratch
     """
-    _check_file(json)
     from mstkd.bench.data import Settings, bench_data
 
     settings = Settings(
@@ -55,7 +55,6 @@ def step(
 
     Example: mstkd bench step --json step.json
     """
-    _check_file(json)
     from mstkd.bench.step import PUBLISHED_CROP, Settings, bench_step
 
     _show(bench_step(Settings(crop=PUBLISHED_CROP if full else _shape(crop, "--crop"), rounds=rounds), _say), json)
@@ -75,7 +74,6 @@ def cost(
 
     Example: mstkd bench cost --recipe shaspec_phantom --recipe mst_kdnet_phantom --given flair data.crop=[64,64,32]
     """
-    _check_file(json)
     from mstkd.bench.cost import bench_cost
     from mstkd.config import load_config
 
@@ -101,7 +99,6 @@ def evaluate(
 
     Example: mstkd bench evaluate --run runs/mst_kdnet_phantom --cases 4
     """
-    _check_file(json)
     from mstkd.bench.evaluation import FULL_SIZE, Settings, bench_evaluate
 
     _show(bench_evaluate(Settings(cases=cases, size=FULL_SIZE if full else size, run=run), _say), json)
@@ -123,16 +120,10 @@ def predict(
 
     Example: mstkd bench predict --run runs/mst_kdnet_phantom --cases 5
     """
-    _check_file(json)
     from mstkd.bench.evaluation import Settings
     from mstkd.bench.prediction import bench_predict
 
     _show(bench_predict(Settings(cases=cases, size=size, run=run), _say), json)
-
-
-def _check_file(json: Path | None) -> None:
-    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
-        raise UserError(f"--json {json}: not a file in a folder that exists; create the folder, or give another name")
 
 
 def _show(report, json: Path | None) -> None:

@@ -14,13 +14,14 @@ from rich.table import Column, Table
 
 from mstkd.config import load_config
 from mstkd.errors import CasesFailedError, TrainingError, UserError
-from mstkd.launch.arguments import Overrides, RecipeName
+from mstkd.launch.arguments import Overrides, RecipeName, parse_part
 from mstkd.launch.bench_cli import bench
 from mstkd.launch.compare_cli import compare
 from mstkd.launch.mlflow_cli import mlflow
 from mstkd.launch.plan_cli import plan
+from mstkd.launch.printing import print_table
 from mstkd.launch.report_cli import report
-from mstkd.launch.shards_cli import part_of, print_table, shards
+from mstkd.launch.shards_cli import shards
 from mstkd.launch.status_cli import cancel, logs, status
 from mstkd.launch.study_cli import study
 
@@ -193,7 +194,7 @@ def predict(
         return
     if given or splits:
         raise UserError(f"--{'given' if given else 'splits'}: is for synthesis runs; a segmentation uses every sequence that a case has")
-    chosen = part_of(part)
+    chosen = parse_part(part)
     from mstkd.predict import Beside, predict_folder
 
     beside = Beside(probabilities, uncertainty, overlay)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mstkd.config import Section
 from mstkd.errors import UserError
@@ -48,6 +48,15 @@ class Cluster(Section):
     python: str | None = None  # the interpreter on the nodes; default: the one that submits
     additional: dict[str, str | int | bool] = {}  # other sbatch options, e.g. {"gres": "gpu:a100:4", "reservation": "x"}
 
+    @field_validator("additional")
+    @classmethod
+    def _words_of_sbatch(cls, given: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        """As sbatch has them: with dashes, and what is false is not said."""
+        words = {key.replace("_", "-"): value for key, value in given.items()}
+        if taken := sorted(OWN_OPTIONS & words.keys()):
+            raise ValueError(f"mstkd sets {taken[0]} itself; leave it out")
+        return {key: value for key, value in words.items() if value is not False}
+
     @model_validator(mode="after")
     def _one_kind_of_rank(self) -> "Cluster":
         if (self.gpus_per_node is None) == (self.ranks_per_node is None):
@@ -55,9 +64,7 @@ class Cluster(Section):
         return self
 
     @model_validator(mode="after")
-    def _options_agree(self) -> "Cluster":
-        if taken := sorted(OWN_OPTIONS & {key.replace("_", "-") for key in self.additional}):
-            raise ValueError(f"additional: mstkd sets {taken[0]} itself; leave it out")
+    def _signal_comes_before_the_end(self) -> "Cluster":
         if self.signal_delay_s >= 60 * self.timeout_min:
             raise ValueError(f"signal_delay_s {self.signal_delay_s} does not fit into timeout_min {self.timeout_min}: jobs would be stopped at once")
         return self
@@ -69,6 +76,19 @@ class Cluster(Section):
     @property
     def world(self) -> int:
         return self.nodes * self.tasks_per_node
+
+    @property
+    def memory(self) -> str | None:
+        """Per node, as SLURM's --mem has it."""
+        return None if self.mem_gb is None else f"{round(1024 * self.mem_gb)}M" if self.mem_gb else "0"
+
+    @property
+    def container_options(self) -> list[str]:
+        """The words of srun that put ranks into the container."""
+        if self.container is None or self.container.runtime != "pyxis":  # apptainer is part of `python_command`
+            return []
+        mounts = [f"--container-mounts={','.join(self.container.mounts)}"] if self.container.mounts else []
+        return [f"--container-image={self.container.image}", *mounts]
 
     @property
     def python_command(self) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mstkd.config import CheckpointConfig
 from mstkd.errors import UserError
-from mstkd.launch.doctor_finding import Finding, amount, fail, ok, warn
+from mstkd.files import existing_folder, size_text
+from mstkd.launch.doctor_finding import Finding, fail, ok, warn
 
 MOUNTS = Path("/proc/self/mounts")
 ENOUGH_GIB = 10  # where no checkpoint tells more
@@ -28,9 +29,9 @@ def findings(runs_dir: Path) -> Iterator[Finding]:
 
 def disk(runs_dir: Path) -> Finding:
     """Free space where the runs lie, against what the newest run's checkpoints take."""
-    place = existing(runs_dir)
+    place = existing_folder(runs_dir)
     free, kind = shutil.disk_usage(place).free, file_system(place)
-    room = f"{amount(free)} free in {place} ({kind})"
+    room = f"{size_text(free)} free in {place} ({kind})"
     if not os.access(place, os.W_OK):
         return fail("disk", f"{place} is not writable", "choose another folder with --runs-dir and runs_dir=...")
     known = newest_checkpoint(runs_dir)
@@ -39,7 +40,7 @@ def disk(runs_dir: Path) -> Finding:
             return warn("disk", room, f"a published network's run takes some {ENOUGH_GIB} GiB: make room, or set runs_dir=...")
         return ok("disk", room)
     needed = known.size * known.copies
-    takes = f"{room}; a run like {known.run} keeps up to {known.copies} checkpoints of {amount(known.size)}, {amount(needed)}"
+    takes = f"{room}; a run like {known.run} keeps up to {known.copies} checkpoints of {size_text(known.size)}, {size_text(needed)}"
     if free < known.size:
         return fail("disk", takes, "not one more fits: delete old runs, or set runs_dir=...")
     if free < needed:
@@ -78,18 +79,12 @@ def newest_checkpoint(runs_dir: Path) -> KnownCheckpoint | None:
 def cache(thing: str, variable: str, mounts: Path = MOUNTS) -> Finding:
     """Where compiled code will lie. mstkd chooses a folder on the node unless the variable names one."""
     given = os.environ.get(variable)
-    place = existing(Path(given or tempfile.gettempdir()))
+    place = existing_folder(Path(given or tempfile.gettempdir()))
     kind = file_system(place, mounts)
     if kind.removeprefix("fuse.") not in OVER_THE_NETWORK:
         return ok(thing, f"{given or f'a private folder in {place}'} ({kind})")
     trouble = f"{f'{variable}={given}' if given else place} lies on {kind}: nodes share it, and a killed build there blocks all of them"
     return warn(thing, trouble, f"unset {variable}, or name a folder on the node" if given else "set TMPDIR to a folder on the node")
-
-
-def existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    path = Path(path).resolve()
-    return path if path.is_dir() else existing(path.parent)
 
 
 def file_system(path: Path, mounts: Path = MOUNTS) -> str:

@@ -53,15 +53,6 @@ def ask(*command: str, limit_s: float = 15) -> Answer:
     return Answer(done.returncode, done.stdout, said[0] if said else f"{command[0]} ends with code {done.returncode}")
 
 
-def amount(size: float) -> str:
-    """Bytes for people, e.g. 3.2 GiB."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 def listed(names: list[str], most: int = 8) -> str:
     """The first names of a list that may be long."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

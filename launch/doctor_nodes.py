@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mstkd.files import existing_folder
 from mstkd.launch import doctor_node
 from mstkd.launch.cluster import Cluster
-from mstkd.launch.doctor_files import existing
 from mstkd.launch.doctor_finding import Finding, fail, listed, ok, warn
 from mstkd.launch.doctor_slurm import options
 
@@ -38,7 +38,7 @@ class Reports:
 
 def findings(cluster: Cluster, nodes: int, runs_dir: Path) -> Iterator[Finding]:
     """One line for each node with a problem, one for all others."""
-    place = existing(runs_dir)
+    place = existing_folder(runs_dir)
     try:
         scratch = tempfile.TemporaryDirectory(prefix=".mstkd-doctor.", dir=place, ignore_cleanup_errors=True)
     except OSError as error:
@@ -79,7 +79,7 @@ def run(cluster: Cluster, nodes: int, folder: Path) -> Reports:
     script = "\n".join([*modules, *cluster.setup, f'exec {cluster.python_command} -c "$0" "$@"'])
     words = [f"--immediate={WAIT_S}", "--job-name=mstkd-doctor", "--label", "--kill-on-bad-exit=0", f"--ntasks={nodes}"]
     words += [word for word in options(cluster, nodes, 1) if not word.startswith("--time=")]
-    words += [f"--time={1 + RUN_S // 60}", *container_options(cluster)]
+    words += [f"--time={1 + RUN_S // 60}", *cluster.container_options]
     command = ["srun", *words, "bash", "-c", script, Path(doctor_node.__file__).read_text(), str(folder), str(random.choice(PORTS))]
     environment = {**os.environ, **cluster.environment}
     reports = Reports()
@@ -100,13 +100,6 @@ def run(cluster: Cluster, nodes: int, folder: Path) -> Reports:
         limit.cancel()
         process.terminate()
     return reports
-
-
-def container_options(cluster: Cluster) -> list[str]:
-    if cluster.container is None or cluster.container.runtime != "pyxis":
-        return []
-    mounts = [f"--container-mounts={','.join(cluster.container.mounts)}"] if cluster.container.mounts else []
-    return [f"--container-image={cluster.container.image}", *mounts]
 
 
 def problems(facts: dict, folder: Path, token: str, deadline: float) -> list[Finding]:

@@ -14,8 +14,8 @@ from mstkd.errors import UserError
 from mstkd.launch.doctor_finding import Finding, fail, ok, warn
 from mstkd.launch.jobs import read_jobs
 from mstkd.launch.queue import Queue, look_up
+from mstkd.launch.status import silence_limit_s
 
-SILENT_BEATS = 10  # a run without a heartbeat for so long is gone
 RECENT = 20  # records that count for the times of a run
 REACH_S = 5.0
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "stopped": "KILLED", "killed": "KILLED"}  # by outcome; others FAILED
@@ -155,7 +155,7 @@ def ending(folder: Path, config: RunConfig, queue: Queue, now: float) -> End | N
     if newest.ending is not None:
         return End(STATUS.get(newest.ending.outcome, "FAILED"), f"attempt {newest.number} ended ({newest.ending.outcome})", last)
     silence = now - last
-    if silence <= SILENT_BEATS * config.watchdog.heartbeat_s:
+    if silence <= silence_limit_s(config.watchdog.heartbeat_s):
         return None
     return End("KILLED", f"attempt {newest.number} gave no sign of life for {silence / 60:.0f} min", last)
 

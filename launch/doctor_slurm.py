@@ -192,9 +192,9 @@ def options(cluster: Cluster, nodes: int | None = None, tasks_per_node: int | No
         "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint,
         "nodes": nodes or cluster.nodes, "ntasks-per-node": tasks_per_node or cluster.tasks_per_node,
         "gpus-per-node": cluster.gpus_per_node, "cpus-per-task": cluster.cpus_per_task, "time": cluster.timeout_min,
-        "mem": None if cluster.mem_gb is None else f"{round(1024 * cluster.mem_gb)}M", **cluster.additional,
+        "mem": cluster.memory, **cluster.additional,
     }  # fmt: skip
-    given = {name: value for name, value in words.items() if value is not None and value is not False}
+    given = {name: value for name, value in words.items() if value is not None}
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 

@@ -1,11 +1,12 @@
 """The SLURM jobs of a run folder, as `mstkd submit` noted them in jobs.json."""
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
+from mstkd.files import write_json
 
 
 class SubmittedJob(BaseModel):
@@ -33,6 +34,4 @@ def read_jobs(run_dir: Path) -> list[SubmittedJob]:
 def note_jobs(run_dir: Path, jobs: list[SubmittedJob]) -> None:
     """Add `jobs` to jobs.json."""
     path = Path(run_dir) / "jobs.json"
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps([job.model_dump() for job in [*read_jobs(run_dir), *jobs]], indent=1))
-    os.replace(partial, path)
+    write_json(path, [job.model_dump() for job in [*read_jobs(run_dir), *jobs]])

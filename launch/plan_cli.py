@@ -7,9 +7,9 @@ import typer
 from rich.table import Table
 
 from mstkd.config import load_config
-from mstkd.errors import UserError
-from mstkd.launch.arguments import Overrides, RecipeName
-from mstkd.launch.shards_cli import print_table
+from mstkd.files import size_text
+from mstkd.launch.arguments import Overrides, RecipeName, writable_file
+from mstkd.launch.printing import print_table
 
 PARTS = {
     "weights": "weights", "gradients": "gradients", "moments": "moments", "master": "fp32 copy", "buffers": "buffers",
@@ -21,7 +21,7 @@ def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     world_size: Annotated[int, typer.Option(help="Ranks: nodes times GPUs per node.", min=1)] = 1,
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything, in bytes, as JSON.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything, in bytes, as JSON.", callback=writable_file)] = None,
 ) -> None:
     """Say what a recipe takes on so many ranks: memory, traffic, steps, disk. Trains nothing; needs the shards and no GPU.
 
@@ -29,8 +29,6 @@ def plan(
     """
     config = load_config(recipe, overrides or [])
     config.train.accumulation(world_size)  # said at once, not after seconds of imports
-    if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
-        raise UserError(f"--json {json}: not a file in a folder that exists; create the folder, or give another name")
     from mstkd.plan import plan as run
 
     found = run(config, world_size)
@@ -92,10 +90,4 @@ def _sent(nccl: float, gloo: float) -> str:
 
 
 def _bytes(size: float | None) -> str:
-    """In decimal units, three digits; "?" where unknown."""
-    if size is None:
-        return "?"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size:.0f}"
+    return "?" if size is None else size_text(size)

@@ -1,14 +1,13 @@
 """`mstkd shards ...`: making and checking shard sets."""
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from mstkd.errors import UserError
+from mstkd.launch.arguments import parse_part
+from mstkd.launch.printing import print_table
 
 shards = typer.Typer(help="Make and check shard sets.")
 
@@ -89,7 +88,7 @@ def build(
 
     index = run(
         spec, src, out, workers=workers, seed=seed, splits=splits, allow_overlap=allow_overlap, subjects_per_shard=subjects_per_shard,
-        part=part_of(part), resume=resume, pseudonymise=pseudonymise, salt_file=salt_file,
+        part=parse_part(part), resume=resume, pseudonymise=pseudonymise, salt_file=salt_file,
     )  # fmt: skip
     if index is not None:
         typer.echo(f"wrote {len(index.subjects())} subjects in {len(index.shards)} tars to {out}")
@@ -212,10 +211,10 @@ def splits(
 
     Example: mstkd shards splits shards/brats2020 --within val,test --train 100 --val 20 --test 69 --out downstream.json
     """
-    from mstkd.shards.parts import write_json
     from mstkd.shards import splits as drawing
+    from mstkd.shards.layout import SPLITS, write_model
 
-    if out.exists() and out.resolve() != (folder / "splits.json").resolve():
+    if out.exists() and out.resolve() != (folder / SPLITS).resolve():
         raise UserError(f"{out}: exists already; choose another --out or remove it")
     counts = (train, val, test)
     if leave_one_out and (within or any(count is not None for count in counts)):
@@ -227,21 +226,5 @@ def splits(
         raise UserError("--train, --val, --test: give all three, or --leave-one-out")
     else:
         found, said = drawing.counted_splits(folder, *counts, tuple(within.split(",")) if within else (), seed), f"{train} train, {val} val, {test} test"
-    write_json(out, found)
+    write_model(out, found)
     typer.echo(f"wrote {out}: {said}")
-
-
-def part_of(text: str | None) -> tuple[int, int] | None:
-    """(2, 6) from "2/6". Raises UserError."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"--part {text}: give I/N with I from 1 to N, e.g. 2/6")
-    return int(match[1]), int(match[2])
-
-
-def print_table(table: Table) -> None:
-    """Print `table` as wide as the terminal; into a file or a pipe wide enough that nothing is cut off."""
-    console = Console()
-    (console if console.is_terminal else Console(width=200)).print(table)

@@ -23,7 +23,7 @@ from mstkd.launch.queue import Queue, SlurmJob, look_up
 State = Literal["not started", "pending", "requeued", "running", "finished", "stopped", "interrupted", "failed", "hung", "dead", "unknown"]
 """requeued: it ran and waits to go on. stopped: somebody decided. interrupted: saved, and no job is queued to go on.
 hung: ranks are silent or wait for each other. dead: gone without a word. unknown: nothing left to tell."""
-SILENT_BEATS, SILENT_S = 4, 60.0  # as the watchdog counts, but file systems may show a beat late
+SILENT_BEATS, SHOWN_LATE_S = 4, 60.0  # as the watchdog counts, and a file system may show a beat so much later
 CONCLUSIVE = ("finished", "bad_input")  # endings after which a job is never queued again; after SIGTERM it may be, by scontrol requeue
 OF_OUTCOME: dict[str, State] = {
     "finished": "finished", "interrupted": "interrupted", "stopped": "stopped", "bad_input": "failed", "failed": "failed",
@@ -129,7 +129,7 @@ class RunFiles:
         begun = (self.run_dir / "attempts" / f"{self.last.number:04d}.json").stat().st_mtime
         age_s = now - max([begun, *(seen.written for seen in own)])
         beat_s = self.config.get("watchdog", {}).get("heartbeat_s", WatchdogConfig().heartbeat_s)
-        limit_s = max(SILENT_S, SILENT_BEATS * beat_s)
+        limit_s = silence_limit_s(beat_s)
         if age_s > limit_s:
             return "dead", f"no sign of life for {duration(age_s)}"
         silent = sorted((seen for seen in own if now - seen.written > limit_s), key=lambda seen: seen.beat["rank"])
@@ -138,6 +138,11 @@ class RunFiles:
             more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
             return "hung", f"no sign of life from {named}{more} for {duration(now - max(seen.written for seen in silent))}"
         return "running", ""
+
+
+def silence_limit_s(heartbeat_s: float) -> float:
+    """After so long without a sign of life a run, or a rank, counts as gone."""
+    return SHOWN_LATE_S + SILENT_BEATS * heartbeat_s
 
 
 def read_run(run_dir: Path) -> RunFiles:

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from mstkd.errors import UserError
 from mstkd.launch.jobs import SubmittedJob
+from mstkd.launch.printing import print_table
 from mstkd.launch.queue import Queue, SlurmJob, look_up, scancel
 from mstkd.launch.selection import Member, Target, find, ranked, runs_below
-from mstkd.launch.shards_cli import print_table
 from mstkd.launch.status import RunFiles, RunStatus, duration, read_run, statuses, waits_for
 
 POLL_S = 0.5  # between looks at a log

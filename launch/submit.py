@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import secrets
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from mstkd.config import RunConfig, load_config
 from mstkd.errors import UserError
+from mstkd.files import write_json
 from mstkd.launch.batch import sbatch_parameters
 from mstkd.launch.cluster import Cluster, packaged_slurm
 from mstkd.launch.jobs import SubmittedJob, note_jobs
@@ -182,9 +182,7 @@ def _write_sweep(submission: Submission) -> None:
     sweep = {"axes": submission.axes, "runs": [run.name for run in submission.runs], "id": _sweep_id(path)}
     if submission.runs[0].tracking.uri:
         sweep["mlflow_parent"] = create_sweep_parent(submission.runs[0], submission.name, submission.folder)
-    partial = submission.folder / "sweep.json.tmp"
-    partial.write_text(json.dumps(sweep, indent=1))
-    os.replace(partial, path)
+    write_json(path, sweep)
 
 
 def _sweep_id(path: Path) -> str:

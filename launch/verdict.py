@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mstkd.attempts import CRASHES, Attempt, Ending, begin, end, latest, read
 
-INTERRUPTED, STOPPED = 128 + 12, 128 + 15  # as if USR2 or SIGTERM had ended the process
+WARNED, STOPPED = 128 + 12, 128 + 15  # as if USR2 or SIGTERM had ended the process
 BAD_INPUT = 2
 
 
@@ -47,7 +47,7 @@ def read_task(folder: Path) -> Task:
 
 def judge_evaluation(task: Task, code: int) -> Verdict:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    if code == INTERRUPTED and restarts < task.requeues:
+    if code == WARNED and restarts < task.requeues:
         return Verdict(True, code, f"evaluation interrupted; starts again ({restarts + 1} of {task.requeues})")
     return Verdict(False, code, f"evaluation ended with code {code}")
 
@@ -64,7 +64,7 @@ def judge_training(task: Task, code: int, before: int, job: str | None) -> Verdi
         return Verdict(False, STOPPED, f"stopped {ending.reason} at {_place(ending)}; everything is saved")
     if ending.outcome == "bad_input":
         return Verdict(False, BAD_INPUT, ending.reason)
-    code = INTERRUPTED if ending.outcome == "interrupted" else code or 1
+    code = WARNED if ending.outcome == "interrupted" else code or 1
     if _crashed_there_before(own_attempts, _slack(task, ending)):
         return Verdict(False, code, f"FAILED: crashed twice at {_place(ending)}: {ending.reason}")
     used = sum(_asked_for_requeue(attempt) for attempt in own_attempts) - 1
@@ -82,7 +82,7 @@ def _ending(task: Task, code: int, before: int, job: str | None) -> Ending:
             return Ending("finished", "all stages were trained already")
         if code == BAD_INPUT:
             return Ending("bad_input", "see the message above")
-        outcome = "interrupted" if code == INTERRUPTED else "killed"
+        outcome = "interrupted" if code == WARNED else "killed"
         number = begin(run_dir, 0, job)
         end(run_dir, number, Ending(outcome, f"exit code {code} before training began"))
     else:

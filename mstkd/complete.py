@@ -5,7 +5,6 @@ completed one. What the network makes is marked as synthetic wherever it lies. I
 measured is unknown.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,19 +20,19 @@ from mstkd.errors import UserError
 from mstkd.evaluate.completion import Completer
 from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.overlap import training_overlap
+from mstkd.files import whole_file, whole_folder, write_json
 from mstkd.predict.cases import cases_of
 from mstkd.predict.images import save_like
-from mstkd.predict.output import refuse_existing, whole_folder
+from mstkd.predict.output import refuse_existing
 from mstkd.shards.dataset_fingerprint import write_fingerprint
 from mstkd.shards.facts import SubjectFacts, subject_facts
 from mstkd.shards.geometry import restore_image
-from mstkd.shards.layout import INDEX, SPLITS
+from mstkd.shards.layout import INDEX, SPLITS, write_model
 from mstkd.shards.members import encode_array
-from mstkd.shards.parts import write_json
 from mstkd.shards.preprocess import preprocess
 from mstkd.shards.progress import say, subject_progress
 from mstkd.shards.raw_case import grid_sequence
-from mstkd.shards.shard_writer import add_member, shard_entry, subject_entry, tar_writer, whole_file
+from mstkd.shards.shard_writer import add_member, shard_entry, subject_entry, tar_writer
 from mstkd.shards.spec import BRAIN, FILE_LABEL, IMAGE, LABEL, META, ShardEntry, ShardIndex, SubjectEntry
 from mstkd.shards.splits import read_explicit_splits
 from mstkd.subsets import Subset, largest_given, parse_subset, part_of, possible_subsets, proper, subset_name
@@ -127,10 +126,10 @@ def complete_folder(run: TrainedRun, input: Path, output: Path, spec: str | None
                 path = Path(case.subject) / f"{case.subject}_{name}_synthetic.nii.gz"
                 restored = restore_image(volumes[sequences.index(name)], stored.meta)
                 save_like(restored, case.files[grid_sequence(case, dataset)], partial / path, DESCRIPTION)
-                (partial / path).with_suffix("").with_suffix(".json").write_text(json.dumps(_sidecar(run, name, noted[case.subject]["given"]), indent=1) + "\n")
+                write_json((partial / path).with_suffix("").with_suffix(".json"), _sidecar(run, name, noted[case.subject]["given"]))
                 written.append(output / path)
             say(f"{case.subject}: {', '.join(missing)} from {noted[case.subject]['given']}")
-        (partial / "predictions.json").write_text(json.dumps(noted, indent=1) + "\n")
+        write_json(partial / "predictions.json", noted)
     return written
 
 
@@ -178,9 +177,9 @@ def complete_shards(run: TrainedRun, source: Path, out: Path, given: Given, spli
                 tally(len(done), shards[-1].bytes)
         extra = tuple(member for member in store.index.extra_members if member == FILE_LABEL)  # others are made of measured sequences
         index = store.index.model_copy(update={"shards": tuple(shards), "extra_members": extra})
-        write_json(partial / SPLITS, store.splits)
+        write_model(partial / SPLITS, store.splits)
         text = write_fingerprint(partial, facts, index)
-        write_json(partial / INDEX, index)
+        write_model(partial / INDEX, index)
     say(text)
     return index
 

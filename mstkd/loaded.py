@@ -15,13 +15,12 @@ from mstkd.export.facts import FACTS, read_facts
 from mstkd.export.weights import load_exported
 from mstkd.methods import DataFacts, build
 from mstkd.predict.case import predict_case
+from mstkd.predict.case_list import BRAIN_MASK
 from mstkd.predict.cases import dataset_of
 from mstkd.predict.images import like
 from mstkd.shards.dataset import Case, DatasetSpec, Volume
 from mstkd.shards.raw_case import grid_sequence
 from mstkd.trained_run import open_run
-
-BRAIN = "brain_mask"  # how a case's mask is called among its images, where the data set has masks
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,14 @@ class LoadedModel:
 
     def _case(self, images: Mapping[str, str | Path]) -> Case:
         masked = self.dataset.brain_mask is not None
-        if unknown := [name for name in images if name not in (*self.sequences, *([BRAIN] if masked else []))]:
+        if unknown := [name for name in images if name not in (*self.sequences, *([BRAIN_MASK] if masked else []))]:
             raise UserError(f"sequence {unknown[0]!r}: unknown; this model knows {', '.join(self.sequences)}")
-        if masked and BRAIN not in images:
-            raise UserError(f"{BRAIN}: missing; this model was trained on images with one")
+        if masked and BRAIN_MASK not in images:
+            raise UserError(f"{BRAIN_MASK}: missing; this model was trained on images with one")
         files = {name: Volume(Path(images[name])) for name in self.sequences if name in images}
         if not files:
             raise UserError(f"no image given; this model knows {', '.join(self.sequences)}")
-        return Case("case", "case", files, brain=Volume(Path(images[BRAIN])) if masked else None)
+        return Case("case", "case", files, brain=Volume(Path(images[BRAIN_MASK])) if masked else None)
 
 
 def load(path: str | Path, spec: str | None = None) -> LoadedModel:

@@ -16,6 +16,7 @@ from mstkd.dry_step import empty_batch, fake_tensors, kept_for_backward
 from mstkd.engine import backend
 from mstkd.engine.backend.settings import deepspeed_config
 from mstkd.errors import UserError
+from mstkd.files import existing_folder
 from mstkd.footprint import Memory, checkpoint_bytes, role_memory, weight_bytes
 from mstkd.methods import Method, Role
 from mstkd.precision import AUTOCAST
@@ -125,7 +126,7 @@ def plan(config: RunConfig, world: int) -> Plan:
         precision=config.train.precision, device=device.type, items=training.order.items_per_epoch, dropped=len(training.dropped),
         tars=len(shards), data_bytes=sum(shard.bytes for shard in shards),
         steps_per_epoch=training.order.items_per_epoch / config.train.global_batch, stages=stages,
-        free_bytes=shutil.disk_usage(_existing(Path(config.runs_dir))).free, note=planner.note,
+        free_bytes=shutil.disk_usage(existing_folder(Path(config.runs_dir))).free, note=planner.note,
     )  # fmt: skip
 
 
@@ -209,8 +210,3 @@ class _Planner:
 
 def _count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _existing(path: Path) -> Path:
-    path = path.resolve()
-    return path if path.is_dir() else _existing(path.parent)

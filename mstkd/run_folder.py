@@ -6,7 +6,6 @@ runs/<name>/  config.yaml  record.json  attempts/  metrics.jsonl  mlflow.json  l
 
 import hashlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -22,8 +21,9 @@ from mstkd import attempts
 from mstkd.config import RunConfig, read_recipe, resolved
 from mstkd.data.remote import open_folder, shown
 from mstkd.errors import UserError
+from mstkd.files import write_json, write_text
 from mstkd.recipe import leaves
-from mstkd.shards.layout import parse_index
+from mstkd.shards.layout import INDEX, SPLITS, parse_index
 from mstkd.training_ranges import training_ranges
 
 SNAPSHOT_GIT = "mstkd-git.json"  # beside the package in the snapshot of a submitted run
@@ -54,9 +54,7 @@ def begin_run(config: RunConfig) -> None:
         for name in ("mlflow.json", "metrics.jsonl", "record.json"):  # of a run with other settings that never saved
             (folder / name).unlink(missing_ok=True)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(yaml.safe_dump(recorded(config), sort_keys=False))
-    os.replace(partial, path)
+    write_text(path, yaml.safe_dump(recorded(config), sort_keys=False))
 
 
 def recorded(config: RunConfig) -> dict:
@@ -123,7 +121,7 @@ def data_digest(config: RunConfig) -> str:
     """sha256 over the indices and splits of the run's shard sets: which bytes, which roles."""
     digest = hashlib.sha256()
     for shard_set in config.data.shards:
-        for name in ("index.json", "splits.json"):
+        for name in (INDEX, SPLITS):
             digest.update(open_folder(shard_set.path).read_bytes(name))
     return digest.hexdigest()
 
@@ -131,7 +129,7 @@ def data_digest(config: RunConfig) -> str:
 def data_facts(config: RunConfig) -> dict:
     """What must be known of the training data to use the run without it."""
     places = [s.path for s in config.data.shards]
-    indices = [parse_index(open_folder(place).read_bytes("index.json"), f"{shown(place)}/index.json") for place in places]
+    indices = [parse_index(open_folder(place).read_bytes(INDEX), f"{shown(place)}/{INDEX}") for place in places]
     return {
         "names": [index.dataset for index in indices],
         "sequences": list(indices[0].sequences),
@@ -164,9 +162,7 @@ def record_attempt(config: RunConfig, world_size: int, job: str | None = None) -
         "world_size": world_size,
         "attempts": [asdict(attempt) for attempt in attempts.read(config.run_dir)],
     }
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=1))
-    os.replace(partial, path)
+    write_json(path, record)
     return number
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from mstkd.data.remote import open_folder
 from mstkd.errors import UserError
-
-FINGERPRINT = "fingerprint.json"  # of a shard set
+from mstkd.shards.layout import FINGERPRINT
 
 
 def training_ranges(places: Sequence[str]) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 Made from the subjects' facts and the index alone, so it does not depend on the order in which workers finish.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Literal
 
 import numpy as np
 
+from mstkd.files import write_json
 from mstkd.shards.facts import RANGES, SequenceFacts, SubjectFacts
 from mstkd.shards.fingerprint_warnings import find_warnings
+from mstkd.shards.layout import FINGERPRINT
 from mstkd.shards.spec import ShardIndex, Strict
 
-FINGERPRINT_FILE = "fingerprint.json"
 INTENSITIES = ("mean", "std", "min", "p0_1", "p0_5", "median", "p99_5", "p99_9", "max")
 
 
@@ -85,7 +85,7 @@ class Fingerprint(Strict):
 def write_fingerprint(folder: Path, facts: Sequence[SubjectFacts], index: ShardIndex) -> str:
     """Write <folder>/fingerprint.json from the facts of the index's subjects, in any order; its text comes back."""
     fingerprint = summarise(facts, index)
-    (Path(folder) / FINGERPRINT_FILE).write_text(json.dumps(fingerprint.model_dump(mode="json"), indent=1) + "\n")
+    write_json(Path(folder) / FINGERPRINT, fingerprint.model_dump(mode="json"))
     return as_text(fingerprint)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 
 from mstkd.errors import UserError
+from mstkd.files import size_text
 from mstkd.shards.cases import Case
 from mstkd.shards.dataset import DatasetSpec
 from mstkd.shards.nifti import Grid, grid_of, open_image
@@ -18,7 +19,7 @@ from mstkd.shards.raw_case import grid_sequence, kept_share
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SAMPLED_HEADERS = 64  # subjects whose headers are read, spread over the set
 SUBJECT_OVERHEAD_BYTES = 8192  # tar headers, padding, meta.json, and the index entry without fingerprints
-FINGERPRINT_BYTES = 11000  # per sequence, as text in index.json
+FINGERPRINT_TEXT_BYTES = 11000  # per sequence, as text in index.json
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Estimate:
     bound: int  # nothing cropped
 
     def text(self) -> str:
-        return f"about {in_gb(self.likely)} (at most {in_gb(self.bound)}, if nothing were cropped)"
+        return f"about {size_text(self.likely)} (at most {size_text(self.bound)}, if nothing were cropped)"
 
 
 def estimate(cases: Sequence[Case], dataset: DatasetSpec, bytes_per_subject: float | None = None) -> Estimate:
@@ -42,7 +43,7 @@ def estimate(cases: Sequence[Case], dataset: DatasetSpec, bytes_per_subject: flo
     step = math.ceil(len(cases) / SAMPLED_HEADERS)
     sample = cases[::step]
     channels = len(dataset.sequences)
-    overhead = SUBJECT_OVERHEAD_BYTES + channels * FINGERPRINT_BYTES
+    overhead = SUBJECT_OVERHEAD_BYTES + channels * FINGERPRINT_TEXT_BYTES
     voxel_bytes = (4 if dataset.preprocessing.clahe else 2) * channels + (1 if dataset.scheme is None else 2)
     voxels = sum(_voxels(case, dataset) for case in sample) / len(sample)
     if dataset.preprocessing.spacing_mm is not None and dataset.scheme is not None:  # the label is kept on its file's grid, too
@@ -57,18 +58,13 @@ def check_space(expected: Estimate, folder: Path) -> None:
     """Raise UserError if the disk of `folder` has less room than is likely needed. A quota is not seen here."""
     free = shutil.disk_usage(folder).free
     if expected.likely > free:
-        raise UserError(f"{folder}: needs {expected.text()}, and its disk has {in_gb(free)} free; make room, or use an --out on another disk")
+        raise UserError(f"{folder}: needs {expected.text()}, and its disk has {size_text(free)} free; make room, or use an --out on another disk")
 
 
 def full_disk(error: OSError, folder: Path) -> UserError:
     """What to say when the disk, or a quota, was full in the middle; `error` is one of FULL."""
-    what = "the quota is used up" if error.errno == errno.EDQUOT else f"the disk is full ({in_gb(shutil.disk_usage(folder).free)} free)"
+    what = "the quota is used up" if error.errno == errno.EDQUOT else f"the disk is full ({size_text(shutil.disk_usage(folder).free)} free)"
     return UserError(f"{folder}: {what}; make room")
-
-
-def in_gb(size_bytes: float) -> str:
-    """E.g. "1.25 GB"; small sizes in MB."""
-    return f"{size_bytes / 1e9:.3g} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.3g} MB"
 
 
 def _voxels(case: Case, dataset: DatasetSpec) -> float:

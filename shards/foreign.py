@@ -15,15 +15,14 @@ from mstkd.errors import UserError
 from mstkd.shards.dataset import DatasetSpec, load_spec
 from mstkd.shards.dataset_fingerprint import write_fingerprint
 from mstkd.shards.facts import SubjectFacts, subject_facts
-from mstkd.shards.layout import INDEX, SPLITS, parse_index, parse_splits
+from mstkd.shards.layout import INDEX, SPLITS, parse_index, parse_splits, write_model
 from mstkd.shards.meta_check import check_meta
 from mstkd.shards.members import decode_array, decode_meta, read_payload
-from mstkd.shards.parts import stratifying_volumes_ml, write_json
 from mstkd.shards.pool import Tally, run_jobs
 from mstkd.shards.progress import say, subject_progress
 from mstkd.shards.shard_writer import shard_entry, subject_entry
 from mstkd.shards.spec import BRAIN, IMAGE, LABEL, META, LabelScheme, ShardEntry, ShardIndex, Splits, SubjectEntry, SubjectMeta
-from mstkd.shards.splits import check_patient_count, check_splits, default_splits, read_explicit_splits
+from mstkd.shards.splits import check_patient_count, check_splits, default_splits, read_explicit_splits, stratifying_volumes_ml
 from mstkd.shards.tar_walk import split_name, walk
 
 STORED = (IMAGE, BRAIN, LABEL, META)
@@ -230,7 +229,7 @@ def _write(folder: Path, index: ShardIndex, facts: list[SubjectFacts], splits: S
         patients = {subject: entry.patient for subject, entry in index.subjects().items()}
         splits = default_splits(patients, stratifying_volumes_ml(index), seed)
     if not (folder / SPLITS).exists():
-        write_json(folder / SPLITS, splits)
+        write_model(folder / SPLITS, splits)
     text = write_fingerprint(folder, facts, index)
-    write_json(folder / INDEX, index)
+    write_model(folder / INDEX, index)
     return text

@@ -13,7 +13,7 @@ from mstkd.shards.spec import (
     BRAIN, IMAGE, LABEL, META, LabelScheme, ShardIndex, Splits, SubjectMeta, ViewMeta, view_member,
 )  # fmt: skip
 
-REGION_COLOURS = {"WT": "tab:green", "TC": "gold", "ET": "red"}
+REGION_COLOURS = {"WT": "#2ca02c", "TC": "#f2d21b", "ET": "#e02020"}  # of the value each leaves when painted
 DISPLAY_RANGE = (-2.0, 3.0)  # z-scores shown black and white
 
 

@@ -13,13 +13,14 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from mstkd.errors import UserError
+from mstkd.files import write_text
 from mstkd.shards.scheme_check import check_scheme
 from mstkd.shards.spec import (
     BRAIN, IMAGE, LABEL, LABEL_SCHEMES, META, SUBJECT_KEY, Classification, LabelScheme, ShardEntry, ShardIndex, Splits, SubjectEntry, view_member,
 )  # fmt: skip
 from mstkd.shards.tar_walk import BLOCK_BYTES, NAME_LIMIT_BYTES, SUFFIX, padded
 
-INDEX, SPLITS = "index.json", "splits.json"
+INDEX, SPLITS, FINGERPRINT = "index.json", "splits.json", "fingerprint.json"
 INDEX_LIMIT_BYTES = 2**30  # some 25 000 subjects of four sequences
 SPLITS_LIMIT_BYTES = 2**26
 TAR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}\.tar")
@@ -39,6 +40,11 @@ def read_set(folder: Path) -> tuple[ShardIndex, Splits]:
         raise UserError(f"shard set {folder}: no such folder; make one with `mstkd shards build`")
     index = parse_index(_bytes(folder, INDEX, INDEX_LIMIT_BYTES), str(folder / INDEX))
     return index, parse_splits(_bytes(folder, SPLITS, SPLITS_LIMIT_BYTES), str(folder / SPLITS))
+
+
+def write_model(path: Path, model: ShardIndex | Splits) -> None:
+    """Write an index or splits as an indented JSON file, complete or not at all."""
+    write_text(path, model.model_dump_json(indent=1) + "\n")
 
 
 def parse_index(data: bytes, place: str) -> ShardIndex:

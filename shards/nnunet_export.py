@@ -4,14 +4,13 @@ Volumes lie on the grid and in the orientation of the files they came from, as r
 of float16 z-scores) and 0 outside it. Synthetic sequences have the scale that their network gave them.
 """
 
-import json
-import shutil
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
 from mstkd.errors import UserError
+from mstkd.files import whole_folder, write_json
 from mstkd.shards.geometry import restore, restore_image
 from mstkd.shards.layout import read_set
 from mstkd.shards.members import read_member
@@ -32,9 +31,7 @@ def export_nnunet(folder: Path, out: Path) -> dict[str, int]:
     index, splits = read_set(folder)
     _check(folder, index, out)
     numbers = {value: number for number, value in enumerate(index.scheme.values)}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(out) as partial:
         for part in ("Tr", "Ts"):
             for kind in ("images", "labels"):
                 (partial / f"{kind}{part}").mkdir(parents=True)
@@ -46,11 +43,8 @@ def export_nnunet(folder: Path, out: Path) -> dict[str, int]:
                     _write_case(folder / tar.file, entry, index, numbers, partial, part)
                     counts[part] += 1
                     tally(1, sum(size for _, size in entry.members.values()))
-        _write(partial / "dataset.json", _description(index, numbers, counts["Tr"]))
-        _write(partial / "splits_final.json", [{"train": list(fold.train), "val": list(fold.val)} for fold in splits.folds])
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / "dataset.json", _description(index, numbers, counts["Tr"]))
+        write_json(partial / "splits_final.json", [{"train": list(fold.train), "val": list(fold.val)} for fold in splits.folds])
     return counts
 
 
@@ -99,7 +93,3 @@ def _write_case(tar: Path, entry: SubjectEntry, index: ShardIndex, numbers: dict
     table = np.zeros(256, np.uint8)
     table[list(numbers)] = list(numbers.values())
     nib.save(nib.Nifti1Image(table[label], affine), out / f"labels{part}" / f"{entry.subject}{ENDING}")
-
-
-def _write(path: Path, content: dict | list) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -7,7 +7,6 @@ number of processes, and merging moves no data.
 
 import fcntl
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,11 +18,13 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from mstkd.errors import UserError
+from mstkd.files import UNFINISHED, create_file
 from mstkd.shards.dataset import DatasetSpec
 from mstkd.shards.dataset_fingerprint import write_fingerprint
-from mstkd.shards.shard_writer import UNFINISHED, ShardRecord, create_file, whole_file
+from mstkd.shards.layout import INDEX, SPLITS, write_model
+from mstkd.shards.shard_writer import ShardRecord
 from mstkd.shards.spec import CLAHE, FILE_LABEL, ShardIndex, Splits, Strict
-from mstkd.shards.splits import default_splits
+from mstkd.shards.splits import default_splits, stratifying_volumes_ml
 
 LOCK_NAME = re.compile(r"part-(\d+)-of-(\d+)\.lock")
 SHAPING = ("mstkd", "nibabel", "numpy", "scipy")  # what the bytes may depend on
@@ -207,8 +208,8 @@ def complete(work: WorkFolder, plan: Plan) -> tuple[ShardIndex, str]:
     )
     splits = plan.splits or default_splits(plan.subjects, stratifying_volumes_ml(index), plan.seed)
     work.clear_unfinished(list(records))
-    write_json(work.set / "index.json", index)
-    write_json(work.set / "splits.json", splits)
+    write_model(work.set / INDEX, index)
+    write_model(work.set / SPLITS, splits)
     text = write_fingerprint(work.set, [facts for record in records.values() for facts in record.facts], index)
     work.set.rename(work.out)
     shutil.rmtree(work.path, ignore_errors=True)
@@ -218,17 +219,6 @@ def complete(work: WorkFolder, plan: Plan) -> tuple[ShardIndex, str]:
 def _extra_members(records: Iterable[ShardRecord]) -> tuple[str, ...]:
     suffixes = {suffix for record in records for entry in record.shard.subjects for suffix in entry.members}
     return tuple(suffix for suffix in (CLAHE, FILE_LABEL) if suffix in suffixes)
-
-
-def stratifying_volumes_ml(index: ShardIndex) -> dict[str, float]:
-    """Subject -> volume of its largest region: the whole tumour, which contains the others; 0 without a label."""
-    return {subject: max(entry.label_volume_ml.values(), default=0.0) for subject, entry in index.subjects().items()}
-
-
-def write_json(path: Path, model: ShardIndex | Splits) -> None:
-    """Write a model as an indented JSON file, complete or not at all."""
-    with whole_file(path) as stream:
-        stream.write((model.model_dump_json(indent=1) + "\n").encode())
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from mstkd.shards.lesions import draw_distractors, draw_tumour
 from mstkd.shards.signal_equations import TISSUES_3T, TISSUES_7T, Tissue, signal
 
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
-PAIRED_SEQUENCES = ("t1_3t", "t1_7t")
 SIZES = range(32, 257)  # voxels per axis: coarser has no cortex left
 _WM_COUNTS = 600  # stored value of white matter at gain 1
 _NOISE_7T = 0.43  # of the noise at 3T, relative to the signal

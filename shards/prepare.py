@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from mstkd.errors import UserError
+from mstkd.files import write_json
 from mstkd.shards.brain import checked_mask
 from mstkd.shards.dataset import Volume
 from mstkd.shards.external import Programs
@@ -135,7 +136,7 @@ class _Subject:
         output.parent.mkdir(parents=True, exist_ok=True)
         self.programs.run(words, self.out / LOGS / self.name / f"{step.name}{f'_{sequence}' if sequence else ''}.log", step.timeout_min)
         _check_image(output, step.mask)
-        _replace_text(record, json.dumps({**made_from, "output": _state(output)}, indent=1) + "\n")
+        write_json(record, {**made_from, "output": _state(output)})
         return output, True
 
     def _check_grids(self, step: PrepareStep, images: dict[str, Path], files: list[Path]) -> None:
@@ -175,12 +176,6 @@ def _recorded(record: Path) -> dict | None:
         return json.loads(record.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _publish(image: Path, final: Path) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mstkd.errors import UserError
+from mstkd.files import create_file
 from mstkd.shards.cases import Case
-from mstkd.shards.shard_writer import create_file
 from mstkd.shards.spec import Fold, Splits
 
 SALT_BYTES = 32

@@ -18,11 +18,10 @@ from mstkd.shards.nifti import Grid, OpenFiles, check_same_grid, grid_of, open_i
 class RawCase:
     """One case on its common RAS+ grid, and the geometry of the file whose grid that is."""
 
-    volumes: dict[str, np.ndarray]  # per present sequence (X, Y, Z), raw intensities: float32, or integers of up to 16 bits as they came
+    volumes: dict[str, np.ndarray]  # per sequence that carries more than one value (X, Y, Z), raw intensities: float32, or integers of up to 16 bits as they came
     brain: np.ndarray  # (X, Y, Z) bool
     brain_from: Literal["volumes", "mask"]
     label: np.ndarray | None  # (X, Y, Z) uint8
-    constant: tuple[str, ...]  # sequences whose file carries one value throughout; not in `volumes`
     shape: tuple[int, int, int]  # of the file, before reorientation
     affine: np.ndarray  # (4, 4) of the file, voxel -> mm
     grid_from: str | None  # the sequence whose grid the others were brought to, where the data set has a common one
@@ -47,7 +46,7 @@ def load_case(case: Case, dataset: DatasetSpec) -> RawCase:
     image = open_image(reference)
     grid = grid_of(image, reference)
     placed = _Placer(reference, grid, dataset.preprocessing.common_grid is not None)
-    volumes, foregrounds, constant = _read_sequences(case, dataset, placed)
+    volumes, foregrounds = _read_sequences(case, dataset, placed)
     if case.brain is None:
         brain = brain_mask([to_ras(mask, grid[1]) for mask in foregrounds])
     else:
@@ -63,7 +62,6 @@ def load_case(case: Case, dataset: DatasetSpec) -> RawCase:
         brain=brain,
         brain_from="volumes" if case.brain is None else "mask",
         label=label,
-        constant=constant,
         shape=grid[0],
         affine=grid[1],
         grid_from=name if dataset.preprocessing.common_grid else None,
@@ -106,8 +104,8 @@ class _Placer:
         return data
 
 
-def _read_sequences(case: Case, dataset: DatasetSpec, placed: _Placer) -> tuple[dict[str, np.ndarray], list[np.ndarray], tuple[str, ...]]:
-    """Per sequence its voxels on the common grid, as `RawCase` has them; the foregrounds, where no mask is given; the constant ones."""
+def _read_sequences(case: Case, dataset: DatasetSpec, placed: _Placer) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Per sequence its voxels on the common grid, as `RawCase` has them; the foregrounds, where no mask is given."""
     volumes, foregrounds, constant, files = {}, [], [], OpenFiles()
     for sequence, volume in case.files.items():
         data, affine = files.read(volume)
@@ -123,7 +121,7 @@ def _read_sequences(case: Case, dataset: DatasetSpec, placed: _Placer) -> tuple[
         volumes[sequence] = placed.place(data, affine, volume, order=3, outside=outside)
     if not volumes:
         raise UserError(f"subject {case.subject}: every scan carries one value throughout ({', '.join(constant)}); leave this subject out")
-    return volumes, foregrounds, tuple(constant)
+    return volumes, foregrounds
 
 
 def refuse_constant(volume: Volume, dataset: DatasetSpec) -> None:

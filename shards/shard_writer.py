@@ -1,13 +1,10 @@
 """One tar of a shard set, and what is known of it once it is written."""
 
-import hashlib
 import io
 import math
 import os
-import secrets
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mstkd.errors import UserError
+from mstkd.files import sha256_of, whole_file, write_text
 from mstkd.shards import fingerprint
 from mstkd.shards.cases import Case
 from mstkd.shards.dataset import DatasetSpec
@@ -27,7 +25,6 @@ from mstkd.shards.spec import BRAIN, CLAHE, FILE_LABEL, IMAGE, LABEL, META, Labe
 from mstkd.shards.tar_walk import split_name, walk
 
 Sources = dict[str, tuple[int, int]]  # file, relative to the source folder -> (bytes, modification time in ns)
-UNFINISHED = ".tmp"
 COPY_BYTES = 2**20  # tarfile writes 16 KiB at a time
 
 
@@ -62,8 +59,7 @@ def build_tar(job: TarJob, tally: Tally) -> str:
                 subjects.append(_add_case(writer, case, job.dataset, tally))
     entries = [entry for entry, _ in subjects]
     record = ShardRecord(plan=job.plan, sources=sources, shard=shard_entry(job.tar, entries), facts=tuple(facts for _, facts in subjects))
-    with whole_file(job.record) as stream:
-        stream.write(record.model_dump_json().encode())
+    write_text(job.record, record.model_dump_json())
     return job.tar.name
 
 
@@ -109,7 +105,7 @@ def shard_entry(tar: Path, entries: list[SubjectEntry]) -> ShardEntry:
     return ShardEntry(
         file=tar.name,
         bytes=tar.stat().st_size,
-        sha256=file_sha256(tar),
+        sha256=sha256_of(tar),
         subjects=tuple(entry.model_copy(update={"members": places[entry.subject]}) for entry in entries),
     )
 
@@ -141,46 +137,6 @@ def label_volumes_ml(label: np.ndarray, scheme: LabelScheme, spacing_mm: tuple[f
     voxel_ml = math.prod(spacing_mm) / 1000
     counts = np.bincount(label[label != 0], minlength=max(scheme.values) + 1)  # no region holds 0
     return {region: float(counts[list(values)].sum() * voxel_ml) for region, values in scheme.regions.items()}
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A stream whose bytes are at `path`, on the disk, when the block ends; if it fails, nothing is there."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def create_file(path: Path, data: bytes, mode: int = 0o666) -> bool:
-    """Write a file whole unless it exists; several processes may try at once. Whether it was written."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-        os.link(temporary, path)  # unlike a rename it never replaces
-        return True
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: whole unless two processes come at once
-        if path.exists():
-            return False
-        temporary.replace(path)
-        return True
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _add_case(writer: tarfile.TarFile, case: Case, dataset: DatasetSpec, tally: Tally) -> tuple[SubjectEntry, SubjectFacts]:

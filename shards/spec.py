@@ -1,4 +1,4 @@
-"""The contract of a shard set: label schemes, data set specs, index, subject meta data, splits.
+"""The contract of a shard set: label schemes, index, subject meta data, splits.
 
 Everything here is plain data (pydantic); readers and writers import it, it imports none of them.
 """

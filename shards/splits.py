@@ -8,7 +8,7 @@ from mstkd.shards.dataset import DatasetSpec
 from mstkd.shards.imported_splits import MAX_NAMED, import_splits
 from mstkd.shards.layout import read_set
 from mstkd.shards.progress import say
-from mstkd.shards.spec import Fold, Splits
+from mstkd.shards.spec import Fold, ShardIndex, Splits
 
 PUBLISHED = Path(__file__).parent / "specs" / "splits"  # of packaged data sets, as papers use them
 MAX_FOLDS = 5
@@ -28,12 +28,17 @@ def default_splits(patients: dict[str, str], volumes_ml: dict[str, float], seed:
     return _deal(_deal_order({p: max(volumes_ml[s] for s in members) for p, members in subjects.items()}, seed), subjects)
 
 
+def stratifying_volumes_ml(index: ShardIndex) -> dict[str, float]:
+    """Subject -> volume of its largest region: the whole tumour, which contains the others; 0 without a label."""
+    return {subject: max(entry.label_volume_ml.values(), default=0.0) for subject, entry in index.subjects().items()}
+
+
 def counted_splits(folder: Path, train: int, val: int, test: int, within: tuple[str, ...] = (), seed: int = 0) -> Splits:
     """One fold with so many subjects of the shard set `folder`, by patient, drawn by a hash of (seed, patient).
 
     `within`: only subjects that the set's own splits have there, of "train", "val" (of fold 0) and "test"; those that get into the test
-    are then from its own test, since whatever completes or initialises what is trained on these splits may have seen the others. None: any. Raises
-    UserError: an unknown part, too few subjects, or counts that cannot be met without parting a patient's scans.
+    are then from its own test, since whatever completes or initialises what is trained on these splits may have seen the others; (): any.
+    Raises UserError: an unknown part, too few subjects, or counts that cannot be met without parting a patient's scans.
     """
     index, own = read_set(folder)
     parts = {"train": own.folds[0].train, "val": own.folds[0].val, "test": own.test}

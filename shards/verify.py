@@ -8,13 +8,14 @@ import numpy as np
 from pydantic import ValidationError
 
 from mstkd.errors import UserError
+from mstkd.files import sha256_of
 from mstkd.shards import fingerprint
-from mstkd.shards.layout import allowed_members, read_plain_file, read_set, unlisted_tars
+from mstkd.shards.layout import FINGERPRINT, SPLITS, allowed_members, read_plain_file, read_set, unlisted_tars
 from mstkd.shards.members import JSON_LIMIT_BYTES, decode_json, decode_meta, decode_view_meta, read_member, read_payload
 from mstkd.shards.meta_check import check_meta
 from mstkd.shards.pool import Tally, run_jobs
 from mstkd.shards.progress import subject_progress
-from mstkd.shards.shard_writer import file_sha256, label_volumes_ml
+from mstkd.shards.shard_writer import label_volumes_ml
 from mstkd.shards.spec import (
     BRAIN, CLAHE, FILE_LABEL, IMAGE, LABEL, META, SUBJECT_KEY, LabelScheme, ShardEntry, ShardIndex, SubjectEntry, SubjectMeta, ViewMeta, view_member,
 )  # fmt: skip
@@ -36,7 +37,7 @@ def verify(folder: Path, workers: int = 1) -> ShardIndex:
     index, splits = read_set(folder)
     if workers < 1:
         raise UserError(f"workers {workers}: give 1 or more")
-    check_splits(splits, {subject: entry.patient for subject, entry in index.subjects().items()}, str(folder / "splits.json"))
+    check_splits(splits, {subject: entry.patient for subject, entry in index.subjects().items()}, str(folder / SPLITS))
     _check_summary(folder, index)
     problems = _tar_problems(folder, index, workers)
     problems += [f"{folder / name}: not in index.json; remove it or rebuild the set" for name in unlisted_tars(folder, index)]
@@ -50,7 +51,7 @@ def verify(folder: Path, workers: int = 1) -> ShardIndex:
 
 def _check_summary(folder: Path, index: ShardIndex) -> None:
     """fingerprint.json, where there is one, speaks of as many subjects as the index."""
-    path = folder / "fingerprint.json"
+    path = folder / FINGERPRINT
     try:
         summary = decode_json(read_plain_file(path, JSON_LIMIT_BYTES))
     except FileNotFoundError:
@@ -89,7 +90,7 @@ def _check_shard(tar: Path, shard: ShardEntry, index: ShardIndex, tally: Tally) 
     if size < shard.bytes:
         raise UserError(f"{tar}: truncated, {size} of {shard.bytes} bytes; copy it again")
     _check_members(tar, shard, index)
-    if size != shard.bytes or file_sha256(tar) != shard.sha256:
+    if size != shard.bytes or sha256_of(tar) != shard.sha256:
         raise UserError(f"{tar}: changed since it was built ({size} bytes, index {shard.bytes}; sha256 differs); copy it again or rebuild")
     for entry in shard.subjects:
         try:

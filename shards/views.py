@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mstkd.errors import UserError
-from mstkd.shards.layout import INDEX, SEQUENCE_NAME, SPLITS
+from mstkd.files import whole_file
+from mstkd.shards.layout import INDEX, SEQUENCE_NAME, SPLITS, write_model
 from mstkd.shards.members import encode_array
-from mstkd.shards.parts import write_json
 from mstkd.shards.progress import say, subject_progress
-from mstkd.shards.shard_writer import add_member, shard_entry, tar_writer, whole_file
+from mstkd.shards.shard_writer import add_member, shard_entry, tar_writer
 from mstkd.shards.spec import META, SUBJECT_KEY, Classification, ShardEntry, ShardIndex, SubjectEntry, ViewMeta, ViewStats, view_member
 from mstkd.shards.splits import read_explicit_splits, splits_by_class
 from mstkd.shards.view_readers import BANDS, FRAMES, read_image, read_spectrogram, read_table, read_vectors
@@ -71,8 +71,8 @@ def build_views(
     partial.mkdir(parents=True)
     try:
         index = _write_set(partial, name, subjects, reader, subjects_per_shard)
-        write_json(partial / INDEX, index)
-        write_json(partial / SPLITS, chosen)
+        write_model(partial / INDEX, index)
+        write_model(partial / SPLITS, chosen)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

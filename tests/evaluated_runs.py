@@ -12,9 +12,10 @@ from mstkd import attempts
 from mstkd.config import IntensityConfig, RunConfig, resolved
 from mstkd.evaluate.cases import Row
 from mstkd.evaluate.scoring import Score, conventions
-from mstkd.evaluate.summary import summarise, write_json, write_rows
+from mstkd.evaluate.summary import summarise, write_rows
 from mstkd.evaluate.synthesis import Completion, Likeness, summarise_completions, write_completions
 from mstkd.evaluate.synthesis import conventions as likeness_conventions
+from mstkd.files import write_json
 from mstkd.run_folder import data_facts
 from mstkd.subsets import all_subsets, subset_name
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from global_batches import global_batch
 from mlflow import MlflowClient
 
 from mstkd.batch import Progress, ViewBatch
@@ -234,7 +235,7 @@ def test_the_ranks_of_the_next_test_do_see_disjoint_views(digits, tmp_path):
     config = load_config("shaspec_digits_phantom", words(digits, tmp_path, *DISJOINT))
     training = open_training(config.data, config.seed, complete_only=False)
     draw = Availability(config.data.availability, training.sequences).draw
-    steps = [[draw(config.seed, item, (True, True)) for item in training.order.global_batch(step, 4)] for step in range(6)]
+    steps = [[draw(config.seed, item, (True, True)) for item in global_batch(training.order, step, 4)] for step in range(6)]
     # of two ranks with micro-batches of one, rank 0 takes 0 and 2, rank 1 takes 1 and 3
     assert any(a != b for step in steps for a, b in (step[:2], step[2:]))
     assert {subset for step in steps for subset in step} == {(True, False), (False, True)}

@@ -122,11 +122,11 @@ def test_printed_means_are_those_of_the_cells_or_say_what_is(name):
                 assert row.cells == {} and row.recomputed_mean is None
                 continue
             assert len(row.cells) == 15
-            mean = row.cell_mean
-            agrees = abs(mean.score - row.printed_mean.score) <= ROUNDING and abs(mean.hd95 - row.printed_mean.hd95) <= ROUNDING
+            score, hd95 = (np.mean([getattr(cell, figure) for cell in row.cells.values()]) for figure in ("score", "hd95"))
+            agrees = abs(score - row.printed_mean.score) <= ROUNDING and abs(hd95 - row.printed_mean.hd95) <= ROUNDING
             assert agrees == (row.recomputed_mean is None), (method, region)
             if not agrees:
-                assert (row.recomputed_mean.score, row.recomputed_mean.hd95) == pytest.approx((mean.score, mean.hd95), abs=0.006)
+                assert (row.recomputed_mean.score, row.recomputed_mean.hd95) == pytest.approx((score, hd95), abs=0.006)
 
 
 def test_published_cells_are_keyed_by_sequences():

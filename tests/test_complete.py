@@ -23,7 +23,7 @@ from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.validation import Validation
 from mstkd.launch.cli import main
 from mstkd.run_folder import read_run_config
-from mstkd.shards.parts import write_json
+from mstkd.shards.layout import write_model
 from mstkd.shards.spec import read_index, read_splits
 from mstkd.shards.splits import counted_splits
 from mstkd.shards.verify import verify
@@ -201,7 +201,7 @@ def test_a_validation_gives_each_case_what_it_has_or_says_that_no_case_has_what_
 
 
 def test_the_completed_set_takes_other_splits(root, run, tmp_path):
-    write_json(tmp_path / "down.json", counted_splits(root / "shards", 2, 1, 1, within=("val", "test")))
+    write_model(tmp_path / "down.json", counted_splits(root / "shards", 2, 1, 1, within=("val", "test")))
     complete(run, root / "shards", tmp_path / "out", wanted="flair", splits=tmp_path / "down.json")
     assert json.loads((tmp_path / "out" / "splits.json").read_text()) == json.loads((tmp_path / "down.json").read_text())
     trained = {*read_splits(root / "shards").folds[0].train}

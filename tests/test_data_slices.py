@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from global_batches import global_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slice_shards import BOX, SIDE, subject_members, write_slices
@@ -225,7 +226,7 @@ def test_a_slice_is_normalised_and_brought_and_only_that(shards, size, kind):
     batch = step[0][1]
     assert batch.image.shape == (12, 4, size, size) and batch.image.dtype == torch.float32 and batch.hidden_value == intensity.hidden_value
     assert batch.brain.shape == batch.label.shape == (12, size, size) and (batch.brain.dtype, batch.label.dtype) == (torch.bool, torch.uint8)
-    for place, item in enumerate(training.order.global_batch(0, 12)):
+    for place, item in enumerate(global_batch(training.order, 0, 12)):
         sample, k = training.stores[0].subject(item.subject), item.slice_index
         plane = Plane.of(sample.meta, size)
         assert batch.subject[place] == item.subject and batch.present[place].tolist() == [name in sample.meta.sequences for name in SEQUENCES]
@@ -308,7 +309,7 @@ def test_a_bad_slice_is_replaced_alike_for_all_worker_and_rank_counts_and_counte
     order = open_training(config, 5, False).order
     steps = 2 * order.items_per_epoch // 4
     one = micro_batches(config, total_steps=steps)
-    asked = [item for step in range(steps) for item in order.global_batch(step, 4)]
+    asked = [item for step in range(steps) for item in global_batch(order, step, 4)]
     assert caplog.text.count("c2 has values that are not finite") == sum((i.subject, i.slice_index) == ("c2", 8) for i in asked) in (1, 2)
     kept = [one[divmod(place, 4)].subject[0] == item.subject for place, item in enumerate(asked) if item.slice_index != 8]
     assert all(kept) and all(batch.image.isfinite().all() for batch in one.values())

@@ -5,6 +5,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from global_batches import global_batch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_data_loader import data_config, loader_of, micro_batches, same
@@ -58,7 +59,7 @@ def test_the_global_batches_are_the_same_however_they_are_shared_out(stream, dat
     assert found.keys() == {(step, j) for step in range(stop) for j in range(per_step)}
     whole = Order(*order)
     for step in range(stop):
-        assert list(chain(*(found[step, j] for j in range(per_step)))) == whole.global_batch(step, micro * per_step)
+        assert list(chain(*(found[step, j] for j in range(per_step)))) == global_batch(whole, step, micro * per_step)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])

@@ -17,7 +17,8 @@ from mstkd.errors import CasesFailedError, UserError
 from mstkd.evaluate.label_files import evaluate_predictions
 from mstkd.evaluate.run import evaluate_run
 from mstkd.evaluate.summary import COUNTS
-from mstkd.predict import predict_folder, save_like
+from mstkd.predict import predict_folder
+from mstkd.predict.images import save_like
 from mstkd.shards.build import build
 from mstkd.shards.dataset import SPEC_FOLDER, Volume
 from mstkd.shards.phantom import write_phantom

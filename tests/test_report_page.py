@@ -24,7 +24,7 @@ from mstkd import attempts
 from mstkd.errors import UserError
 from mstkd.evaluate.classification import CONVENTIONS, Decision, summarise_decisions, write_decisions
 from mstkd.evaluate.run import evaluate_run
-from mstkd.evaluate.summary import write_json
+from mstkd.files import write_json
 from mstkd.report.charts import Series, box_chart, line_chart
 from mstkd.report.figures import MOST_POINTS, thinned
 from mstkd.report.page import write_page

@@ -280,7 +280,7 @@ def test_a_set_that_cannot_fit_is_refused_before_it_starts(src, tmp_path):
     for name in ("flair", "t1", "t1ce", "t2"):
         (own / "Phantom_0004" / f"Phantom_0004_{name}.nii.gz").unlink()
         (own / "Phantom_0004" / f"Phantom_0004_{name}.nii").write_bytes(header.binaryblock + bytes(4))
-    with pytest.raises(UserError, match=r"needs about [\d.e+]+ GB \(at most [\d.e+]+ GB, .*\), and its disk has [\d.e+]+ (GB|MB) free; make room"):
+    with pytest.raises(UserError, match=r"needs about [\d.]+ [GT]iB \(at most [\d.]+ [GT]iB, .*\), and its disk has [\d.]+ [MGT]iB free; make room"):
         one_each(own, tmp_path / "set")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
@@ -326,7 +326,7 @@ def test_a_disk_that_gets_full_ends_it_with_what_to_do(tmp_path, workers):
     expected = [f"{digest}  {name}" for name, digest in digests(tmp_path / "set").items()]
     assert done.stdout.splitlines() == ["code 2", "set.partial", f"wrote 8 subjects in 8 tars to {small}/set", "code 0", *expected], done.stderr
     said = next(line for line in done.stderr.splitlines() if line.startswith("error"))
-    assert re.search(r"set\.partial: the disk is full \([\d.e-]+ MB free\); make room; [2-4] of 8 tars are kept .* --resume", said)
+    assert re.search(r"set\.partial: the disk is full \([\d.]+ [KM]iB free\); make room; [2-4] of 8 tars are kept .* --resume", said)
 
 
 def peak_mb(spec, src, out, per_tar):

@@ -12,8 +12,8 @@ from nifti_trees import write_phantom_like
 from tiny_shards import write_set
 
 from mstkd.errors import UserError
+from mstkd.files import sha256_of
 from mstkd.shards.build import build
-from mstkd.shards.shard_writer import file_sha256
 from mstkd.shards.spec import read_index
 from mstkd.shards.verify import verify
 
@@ -70,7 +70,7 @@ def rewrite(folder, change):
         places = {member.name: [member.offset_data, member.size] for member in archive}
 
     def follow(shard):
-        shard.update(bytes=tar.stat().st_size, sha256=file_sha256(tar))
+        shard.update(bytes=tar.stat().st_size, sha256=sha256_of(tar))
         for entry in shard["subjects"]:
             entry["members"] = {suffix: places.get(f"{entry['subject']}.{suffix}", old) for suffix, old in entry["members"].items()}
 

@@ -13,8 +13,9 @@ from mstkd.attempts import Ending
 from mstkd.errors import UserError
 from mstkd.launch.batch import teardown_lines
 from mstkd.launch.cluster import load_cluster
+from mstkd.launch.doctor_slurm import options
 from mstkd.launch.submit import dry_run, prepare, sweep_axes
-from mstkd.launch.verdict import BAD_INPUT, INTERRUPTED, STOPPED, Task, judge_training
+from mstkd.launch.verdict import BAD_INPUT, STOPPED, WARNED, Task, judge_training
 
 RECIPE = "mst_kdnet_brats2024"
 
@@ -44,6 +45,14 @@ def test_dry_run_for_the_gpu_preset_line_by_line(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # nothing was written
     syntax = subprocess.run(["bash", "-n"], input=train, text=True, capture_output=True)
     assert syntax.returncode == 0, syntax.stderr
+
+
+def test_options_reach_sbatch_as_the_doctor_tries_them():
+    given = {"gres_flags": "enforce-binding", "exclusive": False, "hold": True, "gres": "gpu:a100:4"}
+    said = [line for line in text_of(nodes=1, mem_gb=1.5, additional=given).splitlines() if line.startswith("#SBATCH")]
+    tried = options(load_cluster("gpu", {"nodes": 1, "mem_gb": 1.5, "additional": given}))
+    assert tried[-4:] == ["--mem=1536M", "--gres-flags=enforce-binding", "--hold", "--gres=gpu:a100:4"]
+    assert {f"#SBATCH {word}" for word in tried} <= set(said) and not any("exclusive" in line for line in said)
 
 
 def test_a_sweep_is_an_array_whose_members_wait_for_their_own_predecessor():
@@ -127,7 +136,7 @@ def test_how_a_job_ends_decides_whether_it_starts_again(tmp_path):
 
     for ending, requeue, code in (
         (Ending("finished", "all stages trained", "distill", 9), False, 0),
-        (Ending("interrupted", "by SIGUSR2", "distill", 9), True, INTERRUPTED),
+        (Ending("interrupted", "by SIGUSR2", "distill", 9), True, WARNED),
         (Ending("stopped", "by SIGTERM", "distill", 9), False, STOPPED),
         (Ending("bad_input", "no such file", "distill", 9), False, BAD_INPUT),
         (Ending("failed", "RuntimeError: out of memory", "distill", 9), True, 1),
@@ -150,7 +159,7 @@ def test_the_budget_counts_the_starts_asked_for(tmp_path):
     run = Run(tmp_path)
     verdicts = [run.attempt(Ending("interrupted", "by SIGUSR2", "distill", step)) for step in range(4)]
     assert [v.requeue for v in verdicts] == [True, True, True, False]
-    assert "all 3 requeues are used" in verdicts[-1].why and verdicts[-1].code == INTERRUPTED
+    assert "all 3 requeues are used" in verdicts[-1].why and verdicts[-1].code == WARNED
 
 
 def test_a_job_that_dies_without_a_word_is_noted_and_starts_once_more(tmp_path):
@@ -170,7 +179,7 @@ def test_a_run_that_was_trained_already_is_done(tmp_path):
 
 def test_a_preemption_before_training_began_is_no_crash(tmp_path):
     run = Run(tmp_path)
-    assert run.attempt(None, code=INTERRUPTED).requeue and run.attempt(None, code=INTERRUPTED).requeue
+    assert run.attempt(None, code=WARNED).requeue and run.attempt(None, code=WARNED).requeue
 
 
 def test_an_old_batch_script_leaves_a_newer_start_alone(tmp_path):

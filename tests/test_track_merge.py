@@ -21,8 +21,9 @@ from mstkd.config import load_config
 from mstkd.errors import UserError
 from mstkd.launch import mlflow_cli
 from mstkd.track import open_study
+from mstkd.track.database import prepare_database
 from mstkd.track.merge import merge
-from mstkd.track.mlflow_tracker import prepare_database, sweep_tags, tracking_uri
+from mstkd.track.session import sweep_tags, tracking_uri
 
 
 # a data base per submitted run

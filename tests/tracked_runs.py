@@ -19,8 +19,8 @@ from mlflow import MlflowClient
 
 from mstkd.config import RunConfig, load_config
 from mstkd.track import open_evaluation, open_trackers
+from mstkd.track.database import prepare_database
 from mstkd.track.merge import merge
-from mstkd.track.mlflow_tracker import prepare_database
 
 DATASET = {"name": "phantom", "digest": "0123456789abcdef" * 4}
 MERGE = "import sys, pathlib; from mstkd.track.merge import merge; print(*merge(pathlib.Path(sys.argv[1])), sep='\\n')"

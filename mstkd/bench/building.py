@@ -11,9 +11,10 @@ import numpy as np
 
 from mstkd.bench.report import Figure, figure
 from mstkd.bench.volumes import SEQUENCES, write_splits
+from mstkd.files import whole_file
 from mstkd.shards.build import build
 from mstkd.shards.members import encode_array
-from mstkd.shards.shard_writer import add_member, tar_writer, whole_file
+from mstkd.shards.shard_writer import add_member, tar_writer
 from mstkd.shards.spec import BRAIN, IMAGE, LABEL
 
 OURS, LOAD_AND_WRITE = "mstkd shards build", "load .nii.gz and write the same bytes"

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mstkd.files import whole_file
+from mstkd.shards.layout import INDEX, SPLITS, write_model
 from mstkd.shards.members import encode_array
-from mstkd.shards.shard_writer import add_member, shard_entry, tar_writer, whole_file
+from mstkd.shards.shard_writer import add_member, shard_entry, tar_writer
 from mstkd.shards.spec import BRAIN, IMAGE, LABEL, META, Fold, SequenceStats, ShardEntry, ShardIndex, Splits, SubjectEntry, SubjectMeta
 
 SEQUENCES = ("flair", "t1", "t1ce", "t2")
@@ -88,9 +90,9 @@ def write_shards(folder: Path, count: int, shape: Shape) -> list[Truth]:
             shards.append(_write_tar(folder / f"bench-{len(shards):06d}.tar", batch, shape))
             batch = []
     index = ShardIndex(dataset="bench", spec_sha256="0" * 64, sequences=SEQUENCES, label_scheme="brats2018", shards=tuple(shards))
-    (folder / "index.json").write_text(index.model_dump_json())
+    write_model(folder / INDEX, index)
     splits = Splits(folds=(Fold(train=tuple(truth.subject for truth in truths), val=()),))
-    (folder / "splits.json").write_text(splits.model_dump_json())
+    write_model(folder / SPLITS, splits)
     return truths
 
 
@@ -120,5 +122,5 @@ def write_nifti(folder: Path, count: int, shape: Shape) -> list[str]:
 def write_splits(path: Path, subjects: list[str]) -> Path:
     """A splits.json with the first subject for testing, the second for validation and the others for training."""
     test, val, *train = subjects
-    path.write_text(Splits(folds=(Fold(train=tuple(train), val=(val,)),), test=(test,)).model_dump_json())
+    write_model(path, Splits(folds=(Fold(train=tuple(train), val=(val,)),), test=(test,)))
     return path

@@ -34,14 +34,6 @@ class PublishedRow:
         cell = self.cells.get(frozenset(subset.split("+")))
         return cell.text if cell else ""
 
-    @property
-    def cell_mean(self) -> Figures | None:
-        """The mean of the printed cells."""
-        if not self.cells:
-            return None
-        count = len(self.cells)
-        return Figures(sum(c.score for c in self.cells.values()) / count, sum(c.hd95 for c in self.cells.values()) / count)
-
 
 @dataclass(frozen=True)
 class PublishedTable:

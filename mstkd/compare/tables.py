@@ -1,8 +1,7 @@
 """A comparison as `compare.csv` and `primary.csv`, and as a table in the terminal."""
 
 import csv
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from mstkd.compare.published import PublishedTable
 from mstkd.compare.result import MEAN, Comparison, PairedTest
 from mstkd.compare.tasks import Task
+from mstkd.files import write_csv
 from mstkd.measures import Estimate
 from mstkd.track.notes import markdown_table
 
@@ -39,8 +39,8 @@ def write_tables(comparison: Comparison) -> list[Path]:
         for t in comparison.tests
     ]  # fmt: skip
     paths = [comparison.out / "compare.csv", comparison.out / "primary.csv"]
-    _write(paths[0], columns, rows)
-    _write(paths[1], test_columns, tests)
+    write_csv(paths[0], columns, rows)
+    write_csv(paths[1], test_columns, tests)
     return paths
 
 
@@ -134,12 +134,3 @@ def p_text(p: float | None) -> str:
 
 def _parts(estimate: Estimate | None) -> Sequence[float | None]:
     return (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
-
-
-def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence]) -> None:
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(columns)
-        writer.writerows(rows)
-    os.replace(partial, path)

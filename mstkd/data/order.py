@@ -53,10 +53,6 @@ class Order:
         epoch, place = divmod(position, self.items_per_epoch)
         return self.epoch(epoch)[place]
 
-    def global_batch(self, step: int, size: int) -> list[Item]:
-        """The items of step `step` at global batch `size`: positions [step * size, (step + 1) * size)."""
-        return [self.item(position) for position in range(step * size, (step + 1) * size)]
-
     def _permutation(self, epoch: int) -> list[Item]:
         draws = rng(self._seed, epoch, "order")
         visits = [self._visits[i] for i in draws.permutation(len(self._visits))]

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
+from mstkd.data.location import REMOTE_SCHEMES
 from mstkd.errors import UserError
 
 log = logging.getLogger(__name__)
 
-REMOTE = ("http", "https", "s3")
 TRIES = 5  # in a row without a new byte
 LONGEST_PAUSE_S = 30.0
 CONNECT_S, SILENCE_S = 30.0, 60.0
@@ -32,7 +32,7 @@ URL = re.compile(r"(\w+://)(?:[^/\s]*@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?")
 def is_remote(location: str | Path) -> bool:
     """Whether a shard set lies on a server: http://, https:// or s3://."""
     scheme, separator, _ = str(location).partition("://")
-    return bool(separator) and scheme.lower() in REMOTE
+    return bool(separator) and scheme.lower() in REMOTE_SCHEMES
 
 
 def shown(text: str | Path) -> str:

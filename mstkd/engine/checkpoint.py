@@ -22,8 +22,9 @@ from pathlib import Path
 from mstkd.config import CheckpointConfig
 from mstkd.engine.distributed import barrier, from_all, from_main
 from mstkd.engine.environment import Ranks
-from mstkd.engine.new_files import NewFiles, sha256_of, write_durably
+from mstkd.engine.new_files import NewFiles, write_durably
 from mstkd.errors import UserError
+from mstkd.files import sha256_of
 
 log = logging.getLogger(__name__)
 STATE = "state.json"

@@ -96,7 +96,7 @@ class Heartbeat:
         path = self.folder / f"rank-{self.ranks.rank}.json"
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(asdict(self.beat)))
-        os.replace(partial, path)
+        os.replace(partial, path)  # not forced onto the disk: a busy one would make a rank look silent
 
 
 def read_beats(folder: Path) -> dict[int, tuple[Beat, float]]:

@@ -94,12 +94,8 @@ class HashedStream:
         """What torch.save asks for; `NewFiles.write` does it."""
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def write_durably(path: Path, text: str) -> None:
+    """For what counts only once something else is renamed."""
     with path.open("w") as stream:
         stream.write(text)
         stream.flush()

@@ -4,7 +4,6 @@ A frozen network is in evaluation mode, without gradient, in no optimiser and in
 state keeps {network: {"path", "sha256"}} of the file it came from.
 """
 
-import hashlib
 import logging
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from mstkd.engine.environment import Ranks
 from mstkd.engine.frozen import freeze
 from mstkd.engine.output_cache import CachedForward, OutputCache
 from mstkd.errors import UserError
+from mstkd.files import sha256_of
 from mstkd.methods import Role
 
 log = logging.getLogger(__name__)
@@ -63,8 +63,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def identity(file: Path) -> Identity:
-    with file.open("rb") as stream:
-        return {"path": str(file.resolve()), "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return {"path": str(file.resolve()), "sha256": sha256_of(file)}
 
 
 def identities(files: dict[str, Path], before: dict[str, Identity]) -> dict[str, Identity]:

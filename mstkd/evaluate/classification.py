@@ -3,8 +3,6 @@
 Letters: B cases, M views, K classes.
 """
 
-import csv
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.sharing import shared_out
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import mean_cell, mean_known
+from mstkd.files import write_csv
 from mstkd.measures import ACCURACY, AUC
 from mstkd.methods import Method
 from mstkd.precision import autocast
@@ -144,13 +143,8 @@ def _cells(decisions: Sequence[Decision], classes: Sequence[str]) -> dict[str, d
 
 def write_decisions(path: Path, decisions: Sequence[Decision], classes: Sequence[str]) -> None:
     """`per_case.csv`: one line per network x case x subset, with the probability of every class."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["network", "subject", "subset", "truth", "predicted", *(f"p_{name}" for name in classes)])
-        for d in decisions:
-            writer.writerow([d.network, d.subject, d.subset, classes[d.truth], classes[d.predicted], *d.probabilities])
-    os.replace(partial, path)
+    columns = ("network", "subject", "subset", "truth", "predicted", *(f"p_{name}" for name in classes))
+    write_csv(path, columns, ((d.network, d.subject, d.subset, classes[d.truth], classes[d.predicted], *d.probabilities) for d in decisions))
 
 
 def print_accuracies(summary: dict[str, Any], title: str, console: Console | None = None) -> None:

@@ -21,8 +21,8 @@ from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.kept import KeptScores
 from mstkd.evaluate.report import write_report
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.summary import write_json
 from mstkd.evaluate.tracked import track
+from mstkd.files import write_json, write_text
 from mstkd.run_folder import best_steps, recorded
 from mstkd.subsets import Subset
 from mstkd.trained_run import TrainedRun
@@ -78,7 +78,7 @@ class Evaluation:
         (self.folder / "summary.json").unlink(missing_ok=True)
         write_json(self.folder / "weights.json", best_steps(self.run.folder))
         if self.folder.parent != self.run.folder:  # not the run's own, which its recipe describes
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(recorded(self.run.config), sort_keys=False))
+            write_text(self.folder / "config.yaml", yaml.safe_dump(recorded(self.run.config), sort_keys=False))
 
     def finish(
         self, summaries: dict[str, dict], facts: dict[str, str], drawn: dict[str, Path], template: str, print_summary: Callable[[dict, str], None]

@@ -11,9 +11,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from mstkd.shards.inspection import REGION_COLOURS
 from mstkd.shards.spec import LabelScheme
 
-REGION_COLOURS = {"WT": "#2ca02c", "TC": "#f2d21b", "ET": "#e02020"}  # of the value each leaves when painted
+WINDOW = (1, 99.5)  # percentiles of a picture's values shown black and white
 OPACITY = 0.6
 
 
@@ -128,7 +129,7 @@ def _fullest_slice(case: CasePicture, axis: int) -> int:
 
 def _draw(axes, case: CasePicture, labels: NDArray[np.uint8], scheme: LabelScheme, axis: int, position: int) -> None:
     picture = oriented(case.background, axis, position).astype(np.float32)
-    low, high = np.percentile(picture, (1, 99.5))
+    low, high = np.percentile(picture, WINDOW)
     plane = [n for n in range(3) if n != axis]
     aspect = case.spacing_mm[plane[1]] / case.spacing_mm[plane[0]]
     axes.imshow(picture, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)

@@ -17,7 +17,7 @@ from mstkd.evaluate.completion import Completer, Slices
 from mstkd.evaluate.inference import evaluation_mode
 from mstkd.evaluate.sharing import shared_out
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.summary import write_json
+from mstkd.files import write_json
 from mstkd.subsets import Subset, part_of, possible_subsets
 
 PICTURE = "fused_features.png"

@@ -2,13 +2,14 @@
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+
+from mstkd.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class KeptScores(Generic[Result]):
             return
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        _write(noted, text.encode())
+        write_text(noted, text)
 
     def read(self, subject: str) -> list[Result] | None:
         """The scores of a case; None where it is not scored yet, or its file was cut short."""
@@ -57,14 +58,9 @@ class KeptScores(Generic[Result]):
         before = [{name: len(values) for name, values in clock.items()} for clock in self.clocks]
         scores = score(subject)
         ticked = [{name: values[was.get(name, 0) :] for name, values in clock.items()} for clock, was in zip(self.clocks, before)]
-        _write(self._path(subject), self._file.dump_json((scores, ticked)))
+        write_text(self._path(subject), self._file.dump_json((scores, ticked)).decode())
         return scores
 
     def _path(self, subject: str) -> Path:
         return self.folder / f"{subject}.json"
 
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)

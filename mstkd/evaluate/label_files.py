@@ -14,7 +14,8 @@ from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row, references, score_labels
 from mstkd.evaluate.metrics import bounding_box
 from mstkd.evaluate.scoring import conventions, decided
-from mstkd.evaluate.summary import print_table, summarise, write_json, write_rows
+from mstkd.evaluate.summary import print_table, summarise, write_rows
+from mstkd.files import write_json
 from mstkd.shards.dataset import DatasetSpec, Volume, load_spec
 from mstkd.shards.labels import read_labels
 from mstkd.shards.nifti import AFFINE_TOLERANCE_MM, read_volume

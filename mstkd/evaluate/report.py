@@ -1,7 +1,6 @@
 """`report.html`: tables, figures and conventions in one file that needs nothing else."""
 
 import base64
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mstkd.evaluate.inference import Predictor, evaluation_mode
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import beside, counted
 from mstkd.evaluate.synthesis import Completion
+from mstkd.files import write_text
 from mstkd.measures import AUC, DICE, HD95, PSNR, SSIM
 from mstkd.shards.spec import LabelScheme
 from mstkd.subsets import Subset, possible_subsets, subset_name
@@ -118,6 +118,4 @@ def write_report(
     environment.filters |= {"beside": beside, "counted": counted}
     images = {caption: base64.b64encode(file.read_bytes()).decode() for caption, file in drawn.items()}
     html = environment.get_template(template).render(title=title, facts=facts, summaries=summaries, images=images)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(html)
-    os.replace(partial, path)
+    write_text(path, html)

@@ -1,8 +1,5 @@
 """From rows to `per_case.csv`, `summary.json` and the table in the terminal."""
 
-import csv
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from rich.table import Table
 
 from mstkd.evaluate.cases import Row
 from mstkd.evaluate.scoring import Score
+from mstkd.files import write_csv
 from mstkd.measures import ASSD, DICE, HD95, Unit
 from mstkd.subsets import all_subsets, subset_name
 
@@ -50,22 +48,10 @@ def summarise(
     return {"method": method, "split": split, "fold": fold, "subsets": subsets, "mean": mean, "conventions": conventions}
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Atomically; a NaN would be a mistake here and raises ValueError."""
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
-
-
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """`per_case.csv`: one line per network x case x subset x region; an empty field was not measured."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["network", "subject", "subset", "region", *Score.__dataclass_fields__])
-        for row in rows:
-            writer.writerow([row.network, row.subject, row.subset, row.region, *vars(row.score).values()])
-    os.replace(partial, path)
+    columns = ("network", "subject", "subset", "region", *Score.__dataclass_fields__)
+    write_csv(path, columns, ((row.network, row.subject, row.subset, row.region, *vars(row.score).values()) for row in rows))
 
 
 def print_table(summary: dict[str, Any], title: str, console: Console | None = None) -> None:

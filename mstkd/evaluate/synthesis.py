@@ -3,8 +3,6 @@
 A pattern says which sequences are given and which one is looked at, e.g. "t1+t2->flair". Letters: K slices, S pixels per axis.
 """
 
-import csv
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +28,7 @@ from mstkd.evaluate.sharing import score_each
 from mstkd.evaluate.source import CaseSource
 from mstkd.evaluate.summary import mean_cell, mean_known
 from mstkd.evaluate.texture import radial_spectrum, spectrum_error, z_gradient_error
+from mstkd.files import write_csv
 from mstkd.measures import COMPLETION, LIKENESS, TEXTURE
 from mstkd.subsets import Subset, all_subsets, part_of, subset_name
 
@@ -277,13 +276,8 @@ def _cell(scores: Sequence[Likeness], texture: Sequence[str]) -> dict[str, float
 
 def write_completions(path: Path, completions: Sequence[Completion]) -> None:
     """`per_case.csv`: one line per network x case x pattern; an empty field was not measured."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["network", "subject", "pattern", *Likeness.__dataclass_fields__])
-        for row in completions:
-            writer.writerow([row.network, row.subject, row.pattern, *vars(row.score).values()])
-    os.replace(partial, path)
+    columns = ("network", "subject", "pattern", *Likeness.__dataclass_fields__)
+    write_csv(path, columns, ((row.network, row.subject, row.pattern, *vars(row.score).values()) for row in completions))
 
 
 def print_likeness(summary: dict[str, Any], title: str, console: Console | None = None) -> None:

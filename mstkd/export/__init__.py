@@ -9,8 +9,8 @@ from pathlib import Path
 from mstkd.errors import UserError
 from mstkd.export.facts import StudentFacts, facts_of
 from mstkd.export.weights import write_weights
+from mstkd.files import whole_folder
 from mstkd.predict.cases import dataset_of
-from mstkd.predict.output import whole_folder
 from mstkd.trained_run import TrainedRun, open_run
 
 Writer = Callable[[TrainedRun, StudentFacts, Path], None]  # into a folder

@@ -20,7 +20,8 @@ from mlflow.types import ColSpec, DataType, Schema
 from mstkd.errors import UserError
 from mstkd.export.facts import StudentFacts
 from mstkd.export.weights import write_weights
-from mstkd.loaded import BRAIN, LoadedModel, load
+from mstkd.loaded import LoadedModel, load
+from mstkd.predict.case_list import BRAIN_MASK
 from mstkd.trained_run import TrainedRun
 
 os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")  # a uv project in the working directory is no part of the model
@@ -44,7 +45,7 @@ def write_model(run: TrainedRun, facts: StudentFacts, folder: Path) -> None:
 
 def signature(facts: StudentFacts) -> ModelSignature:
     """A row is a case: a text per sequence, each of which may be missing; out come its label map and what it was made from."""
-    masks = [ColSpec(DataType.string, BRAIN)] if facts.files.brain_mask else []
+    masks = [ColSpec(DataType.string, BRAIN_MASK)] if facts.files.brain_mask else []
     given = [ColSpec(DataType.string, name, required=False) for name in facts.sequences]
     return ModelSignature(Schema([*given, *masks]), Schema([ColSpec(DataType.string, name) for name in ("labels", "subset")]))
 
@@ -52,8 +53,8 @@ def signature(facts: StudentFacts) -> ModelSignature:
 def input_example(facts: StudentFacts) -> pd.DataFrame:
     """One case of noise that shows the form."""
     draws = np.random.default_rng(0)
-    names = [*facts.sequences, *([BRAIN] if facts.files.brain_mask else [])]
-    volumes = [draws.integers(1, 100, (EXAMPLE_SIZE,) * 3).astype(np.uint8) if n != BRAIN else np.ones((EXAMPLE_SIZE,) * 3, np.uint8) for n in names]
+    names = [*facts.sequences, *([BRAIN_MASK] if facts.files.brain_mask else [])]
+    volumes = [draws.integers(1, 100, (EXAMPLE_SIZE,) * 3).astype(np.uint8) if n != BRAIN_MASK else np.ones((EXAMPLE_SIZE,) * 3, np.uint8) for n in names]
     return pd.DataFrame([{name: base64.b64encode(nib.Nifti1Image(v, np.eye(4)).to_bytes()).decode() for name, v in zip(names, volumes, strict=True)}])
 
 

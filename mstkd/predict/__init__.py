@@ -24,7 +24,7 @@ from mstkd.methods import Method, load
 from mstkd.predict.case import Prediction, entropy_bits, predict_case
 from mstkd.predict.case_warnings import CaseWarnings
 from mstkd.predict.cases import Found, find
-from mstkd.predict.images import like, save_like
+from mstkd.predict.images import like
 from mstkd.predict.output import Output, Record
 from mstkd.predict.overlay import draw_overlay
 from mstkd.run_folder import read_run_config
@@ -36,7 +36,7 @@ from mstkd.shards.raw_case import grid_sequence
 from mstkd.shards.shard_writer import label_volumes_ml, sources_of
 from mstkd.trained_run import TrainedRun, open_run
 
-__all__ = ["Beside", "predict_folder", "save_like"]
+__all__ = ["Beside", "predict_folder"]
 
 
 @dataclass(frozen=True)

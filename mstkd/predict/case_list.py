@@ -14,12 +14,12 @@ from typing import Any
 
 from mstkd.errors import UserError
 from mstkd.shards.dataset import Case, DatasetSpec, Volume
+from mstkd.shards.imported_splits import TEST_KEYS
 from mstkd.shards.patterns import FilePattern
 from mstkd.shards.spec import SUBJECT_KEY
 
-SUBJECT, IMAGE, BRAIN = "subject", "image", "brain_mask"
+SUBJECT, IMAGE, BRAIN_MASK = "subject", "image", "brain_mask"  # how they are called in a list
 IGNORED = ("label", "fold")  # of MONAI's datalists: a truth is not looked at
-TEST_KEYS = ("testing", "test")
 
 
 def read_case_list(path: Path, dataset: DatasetSpec) -> tuple[list[Case], dict[str, str]]:
@@ -36,7 +36,7 @@ def read_case_list(path: Path, dataset: DatasetSpec) -> tuple[list[Case], dict[s
         if not files:
             problems[subject] = f"subject {subject}: no file of {', '.join(dataset.sequences)} in the list"
         elif dataset.brain_mask and brain is None:
-            problems[subject] = f"subject {subject}: no {BRAIN} in the list, which data set {dataset.name} has"
+            problems[subject] = f"subject {subject}: no {BRAIN_MASK} in the list, which data set {dataset.name} has"
         else:
             cases.append(Case(subject, subject, files, brain=brain))
     if not cases and not problems:
@@ -69,19 +69,19 @@ def _items(path: Path) -> Sequence[dict[str, Any]]:
 
 def _read_item(item: dict[str, Any], where: str, root: Path, dataset: DatasetSpec) -> tuple[str, dict[str, Volume], Volume | None]:
     item = {key: value for key, value in item.items() if key not in IGNORED and value not in (None, "")}
-    known = (SUBJECT, *([IMAGE] if IMAGE not in dataset.sequences else []), *dataset.sequences, BRAIN)
+    known = (SUBJECT, *([IMAGE] if IMAGE not in dataset.sequences else []), *dataset.sequences, BRAIN_MASK)
     if unknown := [key for key in item if key not in known]:
         raise UserError(f"{where}: {unknown[0]!r} is no sequence; known are {', '.join(known)}")
     if IMAGE in item and IMAGE not in dataset.sequences:
         item |= _split_image(item.pop(IMAGE), where, dataset)
     texts = {name: item[name] for name in dataset.sequences if item.get(name)}
-    if strange := [text for text in (*texts.values(), item.get(BRAIN, "")) if not isinstance(text, str)]:
+    if strange := [text for text in (*texts.values(), item.get(BRAIN_MASK, "")) if not isinstance(text, str)]:
         raise UserError(f"{where}: {strange[0]!r} is not the path of a file")
     files = {name: Volume(root / text.strip(), _channel(name, text, item, dataset)) for name, text in texts.items()}
     subject = str(item.get(SUBJECT) or _subject(texts, dataset) or "").strip()
     if not SUBJECT_KEY.fullmatch(subject):
         raise UserError(f"{where}: {f'subject {subject!r} cannot be a key' if subject else 'no subject'}; give one of letters, digits, _ and -")
-    return subject, files, Volume(root / item[BRAIN].strip()) if item.get(BRAIN) else None
+    return subject, files, Volume(root / item[BRAIN_MASK].strip()) if item.get(BRAIN_MASK) else None
 
 
 def _split_image(image: Any, where: str, dataset: DatasetSpec) -> dict[str, Any]:

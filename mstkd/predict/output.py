@@ -7,15 +7,14 @@ share and one record per case, which is also its lock: whoever predicts a case h
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mstkd.errors import UserError
+from mstkd.files import create_file, write_json
 from mstkd.run_folder import leaves
-from mstkd.shards.shard_writer import create_file, whole_file
 
 RECORDS, SETTINGS, PREDICTIONS = ".cases", ".settings.json", "predictions.json"  # no subject begins with a dot
 
@@ -23,19 +22,6 @@ RECORDS, SETTINGS, PREDICTIONS = ".cases", ".settings.json", "predictions.json" 
 def refuse_existing(output: Path) -> None:
     if output.exists():
         raise UserError(f"{output}: exists already; choose another --output or remove it")
-
-
-@contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `output` when the block ends; if it fails, nothing is there."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class Record:
@@ -135,8 +121,7 @@ class Output:
         """
         written = None
         while (whole := self._whole(head, subjects)) != written:
-            with whole_file(self.folder / PREDICTIONS) as stream:
-                stream.write((json.dumps(whole, indent=1) + "\n").encode())
+            write_json(self.folder / PREDICTIONS, whole)
             written = whole
         return whole
 

@@ -7,13 +7,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mstkd.evaluate.figures import colours, oriented
+from mstkd.evaluate.figures import WINDOW, colours, oriented
 from mstkd.evaluate.metrics import region_masks
 from mstkd.shards.geometry import bounding_box
 from mstkd.shards.spec import LabelScheme
 
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
-WINDOW = (1, 99.5)  # percentiles of what is not background shown black and white
 
 
 def draw_overlay(image: NDArray, labels: NDArray[np.uint8], scheme: LabelScheme, spacing_mm: tuple[float, ...], title: str, path: Path) -> None:

@@ -18,7 +18,8 @@ from mstkd.evaluate.source import split_subjects
 from mstkd.recipe import run_params
 from mstkd.report.entries import ReportedRun
 from mstkd.run_folder import best_steps
-from mstkd.shards.dataset_fingerprint import FINGERPRINT_FILE, Fingerprint, PerAxis
+from mstkd.shards.dataset_fingerprint import Fingerprint, PerAxis
+from mstkd.shards.layout import FINGERPRINT
 from mstkd.track.jsonl import read_records
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def data(runs: Sequence[ReportedRun]) -> list[Table]:
             rows.append([f"{split}, fold {fold}", f"{sum(len(split_subjects(store, split, fold)) for store in stores)} subjects"])
         tables.append(Table(title, ["", ""], rows))
         for folder in (store.folder for store in stores if isinstance(store.folder, Path)):
-            if (path := folder / FINGERPRINT_FILE).is_file():
+            if (path := folder / FINGERPRINT).is_file():
                 tables += _fingerprint(Fingerprint.model_validate(json.loads(path.read_text())))
     return tables
 

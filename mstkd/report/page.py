@@ -1,7 +1,6 @@
 """`mstkd report RUN...`: what evaluated runs reached and how, in one HTML file that needs nothing else."""
 
 import base64
-import os
 from collections.abc import Sequence
 from datetime import date
 from importlib import resources
@@ -12,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mstkd import __version__
+from mstkd.files import write_text
 from mstkd.measures import DICE
 from mstkd.report import facts, figures, tables
 from mstkd.report.entries import ReportedRun, read_runs
@@ -35,9 +35,7 @@ def write_page(folders: Sequence[Path], out: Path | None = None) -> Path:
     environment = Environment(loader=PackageLoader("mstkd.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = DICE.dashed
     html = environment.get_template("page.html.j2").render(content)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, html)
     return path
 
 

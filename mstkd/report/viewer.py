@@ -19,7 +19,7 @@ from PIL import Image
 from mstkd.errors import UserError
 from mstkd.evaluate.cases import Row
 from mstkd.evaluate.completed_inputs import CompletingPredictor, open_front
-from mstkd.evaluate.figures import CasePicture, colours
+from mstkd.evaluate.figures import WINDOW, CasePicture, colours
 from mstkd.evaluate.report import best_median_worst, case_pictures, shown_subsets
 from mstkd.evaluate.scoring import Score
 from mstkd.evaluate.summary import mean_known
@@ -34,7 +34,6 @@ MOST_SLICES, MOST_PIXELS = 80, 256  # of a case, and along an axis of a slice: a
 COLUMNS = 10  # slices side by side in a sprite
 BLOCK = 8  # pixels: slices begin at multiples of JPEG's block, so that none bleeds into the next
 QUALITY = 85
-WINDOW = (1, 99.5)  # percentiles of the brain shown black and white, as in the figures of an evaluation
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from mstkd.errors import UserError
+from mstkd.files import write_json
 from mstkd.shards.build import build
 from mstkd.shards.phantom import write_phantom
 from mstkd.study.config import CohortConfig
@@ -21,7 +22,7 @@ def prepare_cohort(config: CohortConfig, folder: Path, workers: int) -> Path:
         key = next(key for key in asked if before.get(key) != asked[key])
         raise UserError(f"{folder}: cohort.{key} was {before.get(key)} and is now {asked[key]}; give the study another name=..., or remove the folder")
     folder.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps(asked) + "\n")
+    write_json(noted, asked)
     if shards.is_dir():
         return shards
     nifti = folder / "nifti"
@@ -30,7 +31,7 @@ def prepare_cohort(config: CohortConfig, folder: Path, workers: int) -> Path:
     else:
         names = write_phantom(nifti, subjects=config.subjects, size=config.size, seed=config.seed, paired_7t=config.pairs is not None)
     splits, (folds, test) = folder / "splits.json", config.groups(names)
-    splits.write_text(json.dumps({"version": 1, "folds": folds, "test": test}))
+    write_json(splits, {"version": 1, "folds": folds, "test": test})
     build("phantom_7t" if config.pairs else "phantom", nifti, shards, workers=workers, splits=splits, resume=True)
     shutil.rmtree(nifti)
     return shards

@@ -10,6 +10,7 @@ from mstkd.compare.run import compare
 from mstkd.compare.tasks import TASKS
 from mstkd.config import RunConfig
 from mstkd.errors import TrainingError, UserError
+from mstkd.files import write_json
 from mstkd.methods import load, read_config, stage_names
 from mstkd.recipe import written_override
 from mstkd.run_folder import check_prediction, leaves
@@ -81,7 +82,7 @@ def tune(study: StudyConfig, shards: str, lock: IO, say: Say) -> dict[str, dict[
             if not finite:
                 raise _failure(study, found, [run for run in found if run in failed] or found)
             scores[arm] = {"scores": values, "chosen": values.index(max(finite))}
-    noted.write_text(json.dumps(scores, indent=1) + "\n")
+    write_json(noted, scores)
     return {arm: declared.tune[scores[arm]["chosen"]] if declared.tune else {} for arm, declared in study.arms.items()}
 
 

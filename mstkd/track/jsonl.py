@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
+from mstkd.files import write_text
 from mstkd.track.protocol import Tracker
 
 _RESERVED = {"stage", "step", "time", "attempt"}
@@ -38,12 +38,7 @@ class JsonlTracker(Tracker):
 
     def _rewrite(self, records: list[dict]) -> None:
         """Replace the file by `records` in one move."""
-        partial = self.path.with_suffix(".jsonl.partial")
-        with partial.open("w") as file:
-            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        write_text(self.path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
 def read_records(path: Path) -> list[dict]:

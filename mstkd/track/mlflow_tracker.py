@@ -17,11 +17,12 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from mstkd.config import RunConfig, resolved
+from mstkd.files import write_json
 from mstkd.recipe import run_params
-from mstkd.track.database import prepare_database  # noqa: F401  (the launcher's)
+from mstkd.track.database import prepare_database
 from mstkd.track.pictures import validation_bars
 from mstkd.track.protocol import Status, Tracker
-from mstkd.track.session import PARENT, STUDY, RunIds, Session, study_tags, sweep_tags, tracking_uri  # noqa: F401  (the launcher's)
+from mstkd.track.session import PARENT, STUDY, Session, study_tags
 
 log = logging.getLogger(__name__)
 
@@ -238,14 +239,14 @@ def open_study(config: RunConfig, folder: Path, kinds: Sequence[str], arms: dict
         parents = content["mlflow_parents"]
         if config.tracking.uri is None:
             prepare_database(folder)
-        _write_study(folder, {"mlflow_parents": parents, "arms": arms})
+        write_json(folder / STUDY, {"mlflow_parents": parents, "arms": arms})
         session = Session(config, folder / kinds[0] / config.name)
         for kind in kinds:
             if kind not in parents or not session.exists(parents[kind]):
                 tags = {"study": folder.name} | ({PARENT: parents[kinds[0]]} if kind != kinds[0] else {})
                 parents[kind] = session.new_run(folder.name if kind == kinds[0] else f"{folder.name}/{kind}", tags)
             session.client.update_run(parents[kind], status="RUNNING")
-        _write_study(folder, {"mlflow_parents": parents, "arms": arms})
+        write_json(folder / STUDY, {"mlflow_parents": parents, "arms": arms})
         return StudyParent(session, writer, parents)
 
     run = writer.now(start)
@@ -253,12 +254,6 @@ def open_study(config: RunConfig, folder: Path, kinds: Sequence[str], arms: dict
         writer.close()
         return Tracker()
     return run
-
-
-def _write_study(folder: Path, content: dict) -> None:
-    partial = folder / f".{STUDY}.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(folder / STUDY)
 
 
 def _open_later(config: RunConfig, run_dir: Path, find: Callable[[Session], str]) -> Tracker:

@@ -21,6 +21,7 @@ from mlflow.telemetry import set_telemetry_client  # noqa: E402
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS  # noqa: E402
 
 from mstkd.config import RunConfig  # noqa: E402
+from mstkd.files import write_json  # noqa: E402
 from mstkd.track.database import ARTIFACTS, DATABASE  # noqa: E402
 from mstkd.track.models import log_model  # noqa: E402
 from mstkd.track.notes import with_section  # noqa: E402
@@ -47,9 +48,7 @@ class RunIds:
         self.children: dict[str, str] = ids.get("children", {})
 
     def save(self) -> None:
-        partial = self.path.with_suffix(".json.partial")
-        partial.write_text(json.dumps({"run_id": self.run_id, "children": self.children}, indent=2) + "\n")
-        partial.replace(self.path)
+        write_json(self.path, {"run_id": self.run_id, "children": self.children})
 
 
 class Session:

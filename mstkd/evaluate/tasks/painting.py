@@ -2,8 +2,8 @@
 
 from mstkd.evaluate.evaluation import Evaluation, cost_of, refuse_clearing_up
 from mstkd.evaluate.painting import CONVENTIONS, score_paintings
-from mstkd.evaluate.summary import write_json
 from mstkd.evaluate.synthesis import Completion, print_likeness, summarise_completions, write_completions
+from mstkd.files import write_json
 
 
 def evaluate_paintings(job: Evaluation) -> dict[str, dict]:

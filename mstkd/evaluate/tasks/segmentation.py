@@ -14,7 +14,8 @@ from mstkd.evaluate.inference import Predictor
 from mstkd.evaluate.report import best_median_worst, case_pictures, draw_figures
 from mstkd.evaluate.scoring import conventions, decided
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.summary import print_table, summarise, write_json, write_rows
+from mstkd.evaluate.summary import print_table, summarise, write_rows
+from mstkd.files import write_json
 from mstkd.measures import ACCURACY, DICE
 from mstkd.trained_run import TrainedRun
 

@@ -11,10 +11,10 @@ from mstkd.evaluate.completion_figures import completion_pictures, draw_completi
 from mstkd.evaluate.evaluation import Evaluation, cost_of, pictured, refuse_clearing_up
 from mstkd.evaluate.report import best_median_worst
 from mstkd.evaluate.source import CaseSource
-from mstkd.evaluate.summary import write_json
 from mstkd.evaluate.synthesis import (
     COPY, Completion, conventions, print_likeness, score_completions, summarise_completions, write_completions,
 )  # fmt: skip
+from mstkd.files import write_json
 from mstkd.measures import PSNR, SSIM
 
 ORACLE = {"oracle": "this network was given the labels of these cases, which a user does not have: an upper bound, not ranked"}
