@@ -11,17 +11,22 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Client, Listener, wait
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).parent
+OTHERS_S = 60.0  # how long the other ranks may take once one has failed
 
 
 class RankPool:
     def __init__(self, world: int):
-        key = secrets.token_bytes(16)
+        self.world = world
+        self._start()
+
+    def _start(self) -> None:
+        world, key = self.world, secrets.token_bytes(16)
         listener = Listener(("127.0.0.1", 0), backlog=world, authkey=key)
         self._folder = tempfile.TemporaryDirectory()
         environment = {**os.environ, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "POOL_KEY": key.hex(),
@@ -39,11 +44,25 @@ class RankPool:
     def run(self, file: str, function: str, **arguments) -> list:
         for connection in self.connections:
             connection.send((file, function, arguments))
-        replies = [connection.recv() for connection in self.connections]
-        for rank, (ok, value) in enumerate(replies):
+        replies = {}
+        while len(replies) < self.world:
+            failed = any(not ok for ok, _ in replies.values())
+            ready = wait([one for rank, one in enumerate(self.connections) if rank not in replies], OTHERS_S if failed else None)
+            if not ready:  # they wait for the one that failed
+                self._end()
+                self._start()
+                break
+            replies |= {self.connections.index(one): one.recv() for one in ready}
+        for rank, (ok, value) in sorted(replies.items()):
             if not ok:
                 raise AssertionError(f"rank {rank} failed:\n{value}")
-        return [value for _, value in replies]
+        return [value for _, (_, value) in sorted(replies.items())]
+
+    def _end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self._folder.cleanup()
 
     def close(self) -> None:
         for connection in self.connections:

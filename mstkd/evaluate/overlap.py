@@ -69,11 +69,6 @@ def training_overlap(
     return found
 
 
-def overlap_with_training(training: Sequence[ShardStore], fold: int, stores: Sequence[ShardStore], split: str) -> list[Overlap]:
-    """All pairs of `training_overlap`."""
-    return training_overlap(training, fold, stores, split).pairs
-
-
 def refuse_overlap(stores: Sequence[ShardStore], config: DataConfig) -> None:
     """Raise UserError if a fold's training subject is also a validation or test subject, within a set or across sets.
 
