@@ -162,6 +162,7 @@ def at_desk(tmp_path_factory):
         assert call(server, [*map(str, files), *smaller], folder) == 0, " ".join(words)
 
     run(["shards", "build", "--spec", "phantom", "--src", "demo/nifti", "--out", "demo/shards"])
+    run(["shards", "splits", "demo/shards", "--train", "10", "--val", "8", "--test", "6", "--out", "demo/shards/splits.json"])  # few to score, enough to split again
     run(["train", "mst_kdnet_phantom"])
     run(["evaluate", "runs/mst_kdnet_phantom"])
     for name in ("mst_kdnet_brats2024", "fold0", "fold1"):
