@@ -126,7 +126,7 @@ def test_the_files_shown_are_what_they_are_said_to_be(tmp_path):
 ELSEWHERE = {
     ("submit", "status", "logs", "cancel"): "test_slurm.py", ("doctor",): "test_doctor_slurm.py", ("mlflow",): "test_track_merge.py", ("train mst_kdnet_phantom tracking.uri",): "test_track.py",
     ("bench",): "test_bench_step.py", ("study",): "test_study.py", ("compare runs/kd", "compare runs/stargan", "compare runs/uhf"): "test_compare.py",
-    ("report runs/mst_kdnet-seed0",): "test_report_page.py", ("shards splits shards/pairs",): "test_shards_splits.py",
+    ("report runs/mst_kdnet-seed0",): "test_report_page.py", ("shards splits shards/pairs", "shards splits shards/brats2020"): "test_shards_splits.py",
     ("train mst_kdnet_brats2024", "train uhf_ibsr18", "evaluate runs/uhf_pairs", "plan"): "test_plan.py",  # of full size
     ("evaluate --pred predictions",): "test_shards_nnunet_export.py",  # what nnU-Net would have written
     ("shards build --spec brats2021",): "test_shards_parts.py",
