@@ -33,10 +33,11 @@ def train(stage: str, count: int = 2, **train) -> dict:
     engines = {role: RoleEngine(role, parts, config.train, MICRO_BATCHES // ranks.world, ranks.device) for role, parts in roles.items()}
     ready = Stage(stage, config, method, engines, count, 8, batches=None, validate=None, plain_copy=None)
     update, meter = Update(ready, ranks, {role: Averages(engine, method.networks, ranks) for role, engine in engines.items()}), Meter(ranks)
+    applied = []
     for step in range(count):
-        update([(j, make_batch(seed=10 * step + j)) for j in range(ranks.rank, MICRO_BATCHES, ranks.world)], ready.progress(step), meter)
+        applied.append(update([(j, make_batch(seed=10 * step + j)) for j in range(ranks.rank, MICRO_BATCHES, ranks.world)], ready.progress(step), meter))
     found = {
-        "before": before, "after": weights(method), "figures": meter.flush(count), "skipped": update.skipped,
+        "before": before, "after": weights(method), "figures": meter.flush(count), "skipped": applied.count(False),
         "gradients": [key for network in method.needs(stage) for key, p in method.networks[network].named_parameters() if p.grad is not None],
     }  # fmt: skip
     for engine in engines.values():
