@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from short_runs import TINY
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "real_case"
 SPEC = """
@@ -39,7 +40,7 @@ def test_a_real_patient_from_files_to_label_maps(tmp_path):
     mstkd("shards", "build", "--spec", "real.yaml", "--src", REAL, "--out", "shards", "--splits", "splits.json", "--allow-overlap", cwd=tmp_path)
     mstkd("shards", "verify", "shards", cwd=tmp_path)
     mstkd("train", "mst_kdnet_phantom", "name=real", "data.shards=shards", "data.crop=[96, 96, 96]", "data.allow_overlap=true", "train.steps=5", "train.global_batch=1",
-          "validate.subsets=[flair]", "inference.overlap=0", "evaluate.networks=[student]", cwd=tmp_path)  # fmt: skip
+          "validate.subsets=[flair]", "inference.overlap=0", "evaluate.networks=[student]", TINY[0], cwd=tmp_path)  # fmt: skip
     run = tmp_path / "runs/real"
     mstkd("evaluate", run, cwd=tmp_path)
     summary = json.loads((run / "evaluation/summary.json").read_text())
