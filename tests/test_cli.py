@@ -193,6 +193,13 @@ def test_a_shell_completes_commands_options_and_packaged_recipes(typed, offered)
     assert set(done.stdout.split()) == offered and done.returncode == 0
 
 
+@pytest.mark.parametrize("words", [("evaluate", "runs/a", "--data"), ("compare", "runs/a", "runs/b", "--shards")])
+def test_an_address_reaches_the_command_as_it_was_written(words):
+    name, *given = words
+    parsed = get_command(cli.app).commands[name].make_context(name, [*given, "s3://bucket/set"]).params
+    assert parsed[given[-1].removeprefix("--")] == "s3://bucket/set"
+
+
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
 def test_no_color_is_respected_on_a_terminal(no_color, coloured):
     ours, theirs = pty.openpty()

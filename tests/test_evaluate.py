@@ -324,6 +324,7 @@ def test_every_error_is_one_clear_line(run, shards, tmp_path):
     fails("is not a run folder", tmp_path)
     fails("split 'tset': choose one of test, val", run, split="tset")
     fails("no such folder", run, data=tmp_path / "nowhere")
+    fails("data.cache_dir: not set, and s3://bucket/set lies on a server", run, data="s3://bucket/set")
     (tmp_path / "shards").symlink_to(shards)
     fresh = write_run(tmp_path, "toy", {"name": "toys.linear"})
     best = fresh / "distill" / "checkpoints" / "best"

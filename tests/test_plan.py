@@ -14,14 +14,14 @@ from traffic import _settings
 
 from mstkd.config import load_config
 from mstkd.dry_step import empty_batch, fake_tensors, kept_for_backward
-from mstkd.engine.backend import role_settings
+from mstkd.engine.backend import PLAIN_BUCKET, role_settings
 from mstkd.engine.backend.settings import deepspeed_config
 from mstkd.errors import UserError
 from mstkd.footprint import checkpoint_bytes, role_memory
 from mstkd.plan import plan
 from mstkd.shards.build import build as build_set
 from mstkd.shards.phantom import write_phantom
-from mstkd.traffic import count_elements
+from mstkd.traffic import Elements, count_elements
 
 MSTKD = str(Path(sys.executable).parent / "mstkd")
 
@@ -192,6 +192,15 @@ def test_memory_and_checkpoint_are_what_deepspeed_takes(two_ranks, tmp_path, zer
     assert found["held"] == pytest.approx(at_rest, rel=0.05)
     written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert written == pytest.approx(checkpoint_bytes(settings, elements), rel=0.05)
+
+
+def test_without_zero_gradients_pass_through_a_bucket_and_the_tensor_that_fills_it():
+    train, method = _settings(0, "fp32", 2)
+    role = method.roles("distill")["networks"]
+    settings = role_settings("networks", role, train)
+    for whole, held in ((10**6, 10**6), (300 * 10**6, PLAIN_BUCKET + 5 * 10**6)):
+        elements = Elements(all=whole, half=0, kept=0, kept_half=0, largest=5 * 10**6)
+        assert role_memory(settings, {}, elements, 2).buffers == 4 * held and role_memory(settings, {}, elements, 1).buffers == 0
 
 
 # the command

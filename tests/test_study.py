@@ -138,6 +138,7 @@ def test_sections_are_laid_over_each_other():
     ({}, ["arms.light.of=heavy"], "arms.light: is another evaluation of heavy, with what that was tuned to; remove tune"),
     ({}, ["arms.light.block=C"], "arms.light.block: Input should be 'A' or 'B'"),
     ({}, ["seeds=[]"], "override 'seeds=[]': seeds: List should have at least 1 item"),
+    ({}, ["cohort={train: 0}"], "override 'cohort={train: 0}': cohort.train"),
     ({}, ["cohrt=3"], "override 'cohrt=3': unknown key cohrt; did you mean 'cohort'?"),
 ])  # fmt: skip
 def test_a_wrong_study_is_one_line(tmp_path, changes, words, message):

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from mstkd.files import write_text
+from mstkd.files import whole_file, write_text
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,9 @@ class KeptScores(Generic[Result]):
         before = [{name: len(values) for name, values in clock.items()} for clock in self.clocks]
         scores = score(subject)
         ticked = [{name: values[was.get(name, 0) :] for name, values in clock.items()} for clock, was in zip(self.clocks, before)]
-        write_text(self._path(subject), self._file.dump_json((scores, ticked)).decode())
+        with whole_file(self._path(subject)) as stream:
+            stream.write(self._file.dump_json((scores, ticked)))
         return scores
 
     def _path(self, subject: str) -> Path:
         return self.folder / f"{subject}.json"
-
