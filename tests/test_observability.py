@@ -4,10 +4,13 @@ import gzip
 import json
 import socket
 
+import numpy as np
 import pytest
+import torch
 
 from mstkd.config import ProfileConfig
 from mstkd.engine.clock import PARTS
+from mstkd.engine.figures import peak_memory_gib, resident_bytes
 
 
 def last_row(result):
@@ -95,3 +98,11 @@ def test_gradient_norms_are_those_of_the_whole_role_under_every_stage(two_ranks,
         rows = two_ranks.run("engine_ranks.py", "train", folder=str(tmp_path / str(zero)), zero=zero, steps=3)[0]["rows"]
         norms[zero] = [row["gradient_norm/networks"] for _, row in rows if "gradient_norm/networks" in row]
     assert all(norms[zero] == pytest.approx(norms[0], rel=1e-4) for zero in (1, 2, 3))
+
+
+def test_the_peak_of_memory_outlives_what_was_held():
+    held = np.ones(2**28, np.uint8)  # 256 MiB
+    resident = resident_bytes("VmRSS")
+    del held
+    peak = peak_memory_gib(torch.device("cpu")) * 2**30
+    assert peak > resident - 2**26 > 2**27  # the kernel counts pages of several cores a little late

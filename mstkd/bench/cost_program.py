@@ -11,11 +11,12 @@ import torch
 
 from mstkd import methods
 from mstkd.batch import Progress
-from mstkd.bench.step_program import SCHEME, SEQUENCES, make_batch, resident
+from mstkd.bench.step_program import SCHEME, SEQUENCES, make_batch
 from mstkd.config import RunConfig, load_config
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine
 from mstkd.engine.environment import resolve_environment
+from mstkd.engine.figures import resident_bytes
 from mstkd.engine.frozen import frozen
 from mstkd.evaluate.inference import evaluation_mode
 from mstkd.methods import DataFacts, Method
@@ -47,7 +48,7 @@ def measure(job: Job) -> dict:
     config, ranks = load_config(job.recipe, list(job.overrides)), resolve_environment()
     backend.start(ranks)
     synchronise = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
-    before = 0 if ranks.device.type == "cuda" else resident("VmRSS")
+    before = 0 if ranks.device.type == "cuda" else resident_bytes("VmRSS")
     torch.manual_seed(0)
     method = methods.build(config.method, DataFacts(SEQUENCES, SCHEME, config.data.crop), config.origin)
     for network in method.networks.values():
@@ -65,7 +66,7 @@ def measure(job: Job) -> dict:
 
     step, trained = _training(config, method, batch, ranks)
     found |= {"trained": trained, "test": _seconds(test, job.iterations, synchronise), "train": _seconds(step, job.iterations, synchronise)}
-    peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else resident_bytes("VmHWM")
     return found | {"peak": peak - before, "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"}
 
 

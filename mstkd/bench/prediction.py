@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mstkd.bench.evaluation import Bench, Settings, bench_cases
 from mstkd.bench.report import Figure, Report, Target, figure, machine, ratio, versions
-from mstkd.bench.step_program import resident
+from mstkd.engine.figures import resident_bytes
 from mstkd.errors import UserError
 from mstkd.evaluate.inference import Volume, evaluation_mode
 from mstkd.precision import autocast
@@ -45,7 +45,7 @@ class Meter:
             torch.cuda.synchronize(self.device)
         self.cpu_seconds.setdefault(name, []).append(time.process_time() - cpu_began)
         self.seconds.setdefault(name, []).append(time.perf_counter() - began)
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident("VmHWM")
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else resident_bytes("VmHWM")
         self.gib.setdefault(name, []).append((peak - before) / 2**30)
 
     def _begin(self) -> int:
@@ -58,7 +58,7 @@ class Meter:
             return torch.cuda.memory_allocated(self.device)
         ctypes.CDLL(None).malloc_trim(0)  # or a contender would fill what the one before it left
         CLEAR_PEAK.write_text("5")
-        return resident("VmRSS")
+        return resident_bytes("VmRSS")
 
 
 def bench_predict(settings: Settings, say: Callable[[str], None]) -> Report:

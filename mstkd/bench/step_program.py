@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from mstkd.config import TrainConfig
 from mstkd.engine import backend
 from mstkd.engine.backend import RoleEngine
 from mstkd.engine.environment import Ranks, resolve_environment
+from mstkd.engine.figures import resident_bytes
 from mstkd.engine.frozen import frozen
 from mstkd.methods import DataFacts, Method
 from mstkd.models.recompute import recompute
@@ -57,7 +57,7 @@ def measure(job: Job) -> dict:
     """
     ranks = resolve_environment() if job.kind == REFERENCE else _join(job)  # plain PyTorch gets nothing that our start does
     synchronise = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
-    before = 0 if ranks.device.type == "cuda" else resident("VmRSS")
+    before = 0 if ranks.device.type == "cuda" else resident_bytes("VmRSS")
     step = (_reference if job.kind == REFERENCE else _ours)(job, ranks)
     terms = {name: value.item() for name, value in step().items()}
     seconds = []
@@ -67,7 +67,7 @@ def measure(job: Job) -> dict:
         step()
         synchronise()
         seconds.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else resident_bytes("VmHWM")
     found = {"seconds": seconds, "peak": peak - before, "terms": terms, "matmul": _matmul_rate(job.precision, ranks.device, synchronise)}
     return {**found, "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"}
 
@@ -142,12 +142,6 @@ def _matmul_rate(precision: str, device: torch.device, synchronise: Callable[[],
         synchronise()
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
-
-
-def resident(field: str) -> int:
-    """Bytes of this process's memory: VmRSS now, VmHWM at most so far."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What a log line says: the figures of the updates since the last one."""
 
 import logging
-import resource
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -45,4 +45,10 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak device memory of this process on a GPU, else the peak of its resident memory, in GiB (1024^3 bytes)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1024**3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2  # which Linux counts in KiB
+    return resident_bytes("VmHWM") / 1024**3
+
+
+def resident_bytes(field: str) -> int:
+    """This process's resident memory: VmRSS now, VmHWM at most so far. (What getrusage calls the peak begins with the parent's.)"""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024
